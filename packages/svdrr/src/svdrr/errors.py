@@ -1,0 +1,5 @@
+"""The one exception that means "your input, not our bug": the command line turns it into a single line and exit code 2."""
+
+
+class InputError(Exception):
+    """Something outside the program is wrong. The message says what, where, and the cure, in one line."""
