@@ -1,0 +1,42 @@
+"""A CT volume: Hounsfield units on a grid, and where the grid lies in the patient."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a volume comes from: the only tags of a DICOM series that ever reach a shard. None where a file lacks one."""
+
+    patient_id: str
+    study_uid: str
+    series_uid: str
+    manufacturer: str | None = None
+    kernel: str | None = None
+    kvp: float | None = None
+    slice_thickness_mm: float | None = None
+
+
+@dataclass(frozen=True)
+class Volume:
+    """hu: int16 [slice, row, column]. world_from_voxel: [4, 4], voxel (column, row, slice) to LPS mm."""
+
+    hu: NDArray[np.int16]
+    world_from_voxel: NDArray[np.float64]
+    origin: Origin
+    defects: tuple[str, ...] = field(default=())
+    repairs: tuple[str, ...] = field(default=())
+
+    @property
+    def spacing_mm(self) -> NDArray[np.float64]:
+        """Between voxel centres along (column, row, slice)."""
+        return np.linalg.norm(self.world_from_voxel[:3, :3], axis=0)
+
+    @property
+    def centre_mm(self) -> NDArray[np.float64]:
+        """Centre of the bounding box in LPS: the isocentre of every view."""
+        slices, rows, columns = self.hu.shape
+        middle = np.array([(columns - 1) / 2, (rows - 1) / 2, (slices - 1) / 2, 1.0])
+        return (self.world_from_voxel @ middle)[:3]
