@@ -51,9 +51,7 @@ class Views:
         return len(self.azimuth_deg)
 
     def __getitem__(self, which: slice) -> "Views":
-        return Views(
-            self.azimuth_deg[which], self.elevation_deg[which], self.isocentre_mm, self.sdd_mm, self.sod_mm
-        )
+        return Views(self.azimuth_deg[which], self.elevation_deg[which], self.isocentre_mm, self.sdd_mm, self.sod_mm)
 
     @property
     def axes(self) -> tuple[Float, Float, Float]:
@@ -69,6 +67,17 @@ class Views:
     def detector_mm(self) -> Float:
         """Centre of the detector, [V, 3], LPS."""
         return self.isocentre_mm + (self.sdd_mm - self.sod_mm) * self.axes[2]
+
+    def rays(self, detector: Detector, frame_from_world: Float) -> tuple[Float, Float, Float, Float]:
+        """(source, first pixel, column step, row step), each [V, 3], in an affine frame such as a volume's voxels.
+
+        Pixel (row r, column c) of view v lies at first_pixel[v] + c column_step[v] + r row_step[v].
+        """
+        u, v, _ = self.axes
+        column_mm, row_mm = u * detector.pixel_mm, v * detector.pixel_mm
+        first_mm = self.detector_mm - (detector.shape - 1) / 2 * (column_mm + row_mm)
+        linear, shift = frame_from_world[:3, :3].T, frame_from_world[:3, 3]
+        return self.source_mm @ linear + shift, first_mm @ linear + shift, column_mm @ linear, row_mm @ linear
 
     def projection(self, detector: Detector) -> Float:
         """[V, 3, 4]: P with P [X; 1] ~ (column, row, 1) for X in LPS mm, pixel centres at integers."""

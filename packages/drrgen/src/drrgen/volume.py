@@ -1,6 +1,6 @@
 """A CT volume: Hounsfield units on a grid, and where the grid lies in the patient."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a volume comes from: the only tags of a DICOM series that ever reach a shard. None where a file lacks one."""
+    """Where a volume comes from: the only DICOM tags that ever reach a shard. None where a file lacks one."""
 
     patient_id: str
     study_uid: str
@@ -35,8 +35,17 @@ class Volume:
         return np.linalg.norm(self.world_from_voxel[:3, :3], axis=0)
 
     @property
+    def voxel_from_world(self) -> NDArray[np.float64]:
+        """[4, 4], LPS mm to voxel (column, row, slice)."""
+        return np.linalg.inv(self.world_from_voxel).astype(np.float64)
+
+    @property
     def centre_mm(self) -> NDArray[np.float64]:
         """Centre of the bounding box in LPS: the isocentre of every view."""
         slices, rows, columns = self.hu.shape
         middle = np.array([(columns - 1) / 2, (rows - 1) / 2, (slices - 1) / 2, 1.0])
         return (self.world_from_voxel @ middle)[:3]
+
+    def with_hu(self, hu: NDArray[np.int16]) -> "Volume":
+        """The same grid with other values."""
+        return replace(self, hu=hu)

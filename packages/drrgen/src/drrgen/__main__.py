@@ -1,0 +1,5 @@
+"""`python -m drrgen`."""
+
+from drrgen.cli import main
+
+main()

@@ -1,0 +1,334 @@
+"""Random chest patients, painted from ellipsoids: no two alike, every organ on its side, no real person's data.
+
+A patient is designed in the frame of an average adult (mm; x to the Left, y to Posterior, z to Superior, 0 at the centre of
+the chest) with random sizes and places, and at the end stretched and turned as a whole. Sizes and CT numbers are those of
+textbook anatomy, rounded; the aim is a plausible picture from every direction, not a model of anybody.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from drrgen.phantom import Ellipsoid, Float, Nodule, Phantom, ellipsoid
+
+LEFT, RIGHT = 1.0, -1.0
+
+AIR, FOAM, FAT, BLOOD, MUSCLE, LIVER, SPLEEN = -1000, -900, -100, 40, 50, 60, 48
+CARTILAGE, TRABECULAR, RIB, CORTICAL = 120, 190, 420, 620
+
+# Air is painted above and below this height, so that the body ends inside every volume that is 340 mm high.
+CUT_MM = 160.0
+
+
+def thorax(seed: int, table: bool = False) -> Phantom:
+    """The patient of this seed, at most 400 mm wide and 340 mm high, with or without the scanner's table below the back.
+
+    The table does not change the patient: the phantom without it is the truth for a volume whose table was removed.
+    """
+    rng = np.random.default_rng(seed)
+    spine = Spine(*rng.uniform([-9, 0, 18], [9, 2 * np.pi, 34]))
+    lungs = {side: _draw_lung(rng, side) for side in (RIGHT, LEFT)}
+    diaphragm = _diaphragm(rng)
+    mediastinum = _mediastinum(rng)
+    stretch = np.diag(rng.uniform([0.90, 0.90, 0.96], [1.02, 1.06, 1.02]))
+    nodules = _nodules(rng, lungs, [*diaphragm, *mediastinum], stretch)
+    ellipsoids = [
+        *_trunk(rng, fat_mm=rng.uniform(4, 17)),
+        *(lung.ellipsoid for lung in lungs.values()),
+        *(vessel for lung in lungs.values() for vessel in _vessels(rng, lung)),
+        *mediastinum,
+        *diaphragm,
+        *nodules,
+        *_vertebrae(rng, spine),
+        *_ribs(rng, spine, lungs),
+        *_shoulder_girdle(rng),
+        *(ellipsoid(AIR, (0, 0, up * (CUT_MM + 900)), (4000, 4000, 900)) for up in (1, -1)),
+    ]
+    if table:
+        ellipsoids = [*_table(), *ellipsoids]
+
+    turn = np.deg2rad(rng.uniform(-3, 3))
+    turned = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    isocentre_mm = np.round(rng.uniform([-15, -190, -260], [15, -130, -90]), 1)
+    world_from_average = turned @ stretch
+    placed = {
+        id(one): Ellipsoid(
+            one.hu,
+            isocentre_mm + world_from_average @ one.centre_mm,
+            one.ball_from_mm @ np.linalg.inv(world_from_average),
+        )
+        for one in ellipsoids
+    }
+    return Phantom(
+        f"PHANTOM-{seed:04d}",
+        list(placed.values()),
+        isocentre_mm,
+        tuple(Nodule(placed[id(one)].centre_mm, 2 * _smallest_radius_mm(placed[id(one)])) for one in nodules),
+    )
+
+
+@dataclass(frozen=True)
+class Spine:
+    """The curve of the vertebral bodies' centres: light scoliosis sideways, kyphosis backwards. mm, radians, mm."""
+
+    scoliosis_mm: float
+    phase: float
+    kyphosis_mm: float
+
+    def at(self, z: float) -> Float:
+        sideways = self.scoliosis_mm * np.sin(np.pi * z / 170 + self.phase)
+        return np.array([sideways, 57 - self.kyphosis_mm * (z / 150) ** 2, z])
+
+
+@dataclass(frozen=True)
+class Lung:
+    """A leaning ellipsoid: its axial sections are ellipses around an axis that leans inwards and backwards to the apex."""
+
+    side: float
+    ellipsoid: Ellipsoid
+    semi_axes_mm: Float
+    lean: Float
+
+    def ring(self, z: float, angle: float, outside_mm: float) -> Float:
+        """The point outside the lung's surface at height z: angle 0 is posterior, pi/2 lateral, pi anterior."""
+        height = z - self.ellipsoid.centre_mm[2]
+        width, depth = self.semi_axes_mm[:2] * np.sqrt(max(1 - (height / self.semi_axes_mm[2]) ** 2, 0.02))
+        across = np.array([self.side * (width + outside_mm) * np.sin(angle), (depth + outside_mm) * np.cos(angle)])
+        return np.append(self.ellipsoid.centre_mm[:2] + self.lean * height + across, z)
+
+
+def _draw_lung(rng: np.random.Generator, side: float) -> Lung:
+    width = rng.uniform(66, 71) if side == RIGHT else rng.uniform(62, 66)
+    semi_axes = np.array([width, rng.uniform(84, 92), 165])
+    lean = np.array([-side * 0.13, rng.uniform(0.06, 0.10)])
+    upright = ellipsoid(rng.uniform(-880, -820), (side * (width + 3), 0, -42 + rng.uniform(-3, 3)), semi_axes)
+    sheared = np.eye(3)
+    sheared[:2, 2] = lean
+    return Lung(
+        side, Ellipsoid(upright.hu, upright.centre_mm, upright.ball_from_mm @ np.linalg.inv(sheared)), semi_axes, lean
+    )
+
+
+def _rod(
+    hu: float, start: ArrayLike, end: ArrayLike, across_mm: float, up_mm: float, overlap: float = 1.0
+) -> Ellipsoid:
+    """A long ellipsoid from start to end, its ends `overlap` beyond them; `up_mm` is its semi-axis nearest to z."""
+    first, last = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
+    length = np.linalg.norm(last - first)
+    along = (last - first) / length
+    # a rod that stands upright has no "up" of its own: the patient's back takes its place
+    hint = np.array([0, 1, 0]) if abs(along[2]) > 0.95 else np.array([0, 0, 1])
+    across = np.cross(hint, along) / np.linalg.norm(np.cross(hint, along))
+    axes = np.stack([along, across, np.cross(along, across)], axis=1)
+    return ellipsoid(hu, (first + last) / 2, (overlap * length / 2, across_mm, up_mm), axes)
+
+
+def _chain(hu: float, points: Iterable[ArrayLike], across_mm: float, up_mm: float) -> list[Ellipsoid]:
+    """Rods from point to point that overlap by so much that their union is nearly as thick between them as within."""
+    knots = list(points)
+    return [_rod(hu, a, b, across_mm, up_mm, overlap=1.8) for a, b in zip(knots, knots[1:], strict=False)]
+
+
+def _smallest_radius_mm(one: Ellipsoid) -> float:
+    return float(1 / np.linalg.norm(one.ball_from_mm, 2))
+
+
+def _trunk(rng: np.random.Generator, fat_mm: float) -> list[Ellipsoid]:
+    """Muscles and, painted before them, the same shapes thicker by the subcutaneous fat."""
+    belly = rng.uniform(0, 14)
+    masses = [
+        ((0, -2, -40), (161, 103, 225)),
+        ((0, -10 - belly / 2, -150), (152, 104 + belly / 2, 115)),
+        ((0, 22, 160), (56, 56, 75)),
+        *(((side * 48, 62, -15), (62, 50, 240)) for side in (LEFT, RIGHT)),
+        *(((side * 98, 58, 48), (60, 50, 85)) for side in (LEFT, RIGHT)),
+        *(((side * 114, 24, 92), (66, 52, 56)) for side in (LEFT, RIGHT)),
+        *(((side * 72, -48, 62), (66, 38, 50)) for side in (LEFT, RIGHT)),
+    ]
+    breast_mm = rng.choice([0.0, 1.0]) * rng.uniform(24, 40)
+    breasts = [
+        ellipsoid(FAT + 40, (side * 78, -88, -20), (58, 10 + breast_mm, 55)) for side in (LEFT, RIGHT) if breast_mm > 0
+    ]
+    fat = [ellipsoid(FAT, centre, np.add(semi_axes, fat_mm)) for centre, semi_axes in masses]
+    return [*fat, *breasts, *(ellipsoid(MUSCLE, *mass) for mass in masses)]
+
+
+def _diaphragm(rng: np.random.Generator) -> list[Ellipsoid]:
+    """Liver, spleen and stomach under the two domes; they cut the lungs off from below. The right dome is the higher."""
+    right_top = rng.uniform(-72, -48)
+    left_top = right_top - rng.uniform(8, 20)
+    bubble = rng.uniform(18, 30)
+    return [
+        ellipsoid(MUSCLE, (0, -5, -190), (150, 100, 105)),
+        ellipsoid(SPLEEN, (78, -4, left_top - 90), (80, 100, 90)),
+        ellipsoid(LIVER, (-74, -6, right_top - 90), (86, 102, 90)),
+        ellipsoid(FAT, (75, 20, left_top - 80), (52, 60, 42)),
+        ellipsoid(SPLEEN, (104, 42, left_top - 55), (26, 44, 36)),
+        ellipsoid(MUSCLE, (62, -22, left_top - 46), (44, 40, 34)),
+        ellipsoid(AIR, (62, -26, left_top - 18 - bubble * 0.5), (bubble * 1.1, bubble, bubble * 0.5)),
+    ]
+
+
+def _mediastinum(rng: np.random.Generator) -> list[Ellipsoid]:
+    """Heart to the left, great vessels, airways. Ends with the airways, which cut through the rest."""
+    heart = rng.uniform(0.88, 1.12)
+    tilt = np.deg2rad(rng.uniform(28, 48))
+    # the heart's long axis points to the left, forward and down
+    apex = np.array([np.cos(tilt), -0.55, -np.sin(tilt)])
+    base = np.array([-8, -12, -18])
+    arch_z = rng.uniform(48, 60)
+    arch = [
+        (-14, -22, 0),
+        (-16, -24, arch_z - 20),
+        (-2, -12, arch_z),
+        (20, 8, arch_z + 2),
+        (25, 32, arch_z - 14),
+        (22, 40, 0),
+    ]
+    carina = np.array([-3, 14, arch_z - 18])
+    return [
+        ellipsoid(FAT + 60, (0, 6, 45), (25, 52, 92)),
+        ellipsoid(BLOOD, (0, 38, -40), (20, 26, 120)),
+        *(ellipsoid(BLOOD, (side * 36, 8, 12), (15, 18, 20)) for side in (LEFT, RIGHT)),
+        _rod(BLOOD, base - 18 * apex, base + 88 * heart * apex, 44 * heart, 44 * heart, overlap=1.05),
+        ellipsoid(BLOOD, (-22, -18, -32), np.array([30, 36, 42]) * heart),
+        ellipsoid(BLOOD, (26, -18, 16), (19, 24, 24)),
+        ellipsoid(BLOOD, (-24, -6, 55), (11, 12, 48)),
+        *_chain(BLOOD, arch, 13, 13),
+        _rod(BLOOD, (22, 40, 10), (14, 40, -170), 12, 12, overlap=1.1),
+        _rod(AIR, (0, 10, 175), carina, 8.5, 8.0, overlap=1.1),
+        *(_rod(AIR, carina, (side * 38, 18, carina[2] - 32), 5.5, 5.5, overlap=1.1) for side in (LEFT, RIGHT)),
+    ]
+
+
+def _vessels(rng: np.random.Generator, lung: Lung) -> list[Ellipsoid]:
+    """Arteries and veins: from the hilum outwards, each forking twice, thinner each time, as far as the lung goes."""
+    hilum = np.array([lung.side * 38, 8, 10])
+    vessels = []
+    for latitude in np.linspace(-75, 70, 6) + rng.uniform(-8, 8, 6):
+        rise, forward = np.deg2rad(latitude), rng.uniform(-1.1, 1.1)
+        out = np.array([lung.side * np.cos(rise) * np.cos(forward), np.cos(rise) * np.sin(forward), np.sin(rise)])
+        buds = [(hilum, out, rng.uniform(3.6, 4.6))]
+        for generation in range(3):
+            grown = []
+            for start, direction, radius in buds:
+                end = start + direction * rng.uniform(24, 36)
+                if np.linalg.norm(lung.ellipsoid.ball_from_mm @ (end - lung.ellipsoid.centre_mm)) > 0.95:
+                    continue
+                vessels.append(_rod(BLOOD, start, end, radius, radius, overlap=1.25))
+                for _ in range(1 if generation == 0 else 2):
+                    bent = direction + rng.normal(0, 0.38, 3)
+                    grown.append((end, bent / np.linalg.norm(bent), radius * rng.uniform(0.6, 0.75)))
+            buds = grown
+    return vessels
+
+
+def _nodules(
+    rng: np.random.Generator, lungs: dict[float, Lung], obstacles: list[Ellipsoid], stretch: Float
+) -> list[Ellipsoid]:
+    """Up to four balls, wholly within the lungs' air; they are squeezed here such that `stretch` makes them round."""
+    nodules: list[Ellipsoid] = []
+    wanted = rng.integers(0, 5)
+    while len(nodules) < wanted:
+        lung = lungs[rng.choice([RIGHT, LEFT])].ellipsoid
+        radius = rng.uniform(3, 12)
+        place = lung.centre_mm + np.linalg.inv(lung.ball_from_mm) @ rng.uniform(-1, 1, 3)
+        # the map to the ball stretches lengths at most by the inverse of the smallest semi-axis
+        reach = {id(one): radius * 1.15 / _smallest_radius_mm(one) for one in (lung, *obstacles, *nodules)}
+        depth = {
+            id(one): np.linalg.norm(one.ball_from_mm @ (place - one.centre_mm)) for one in (lung, *obstacles, *nodules)
+        }
+        if depth[id(lung)] + reach[id(lung)] < 1 and all(
+            depth[id(one)] > 1 + reach[id(one)] for one in (*obstacles, *nodules)
+        ):
+            nodules.append(Ellipsoid(int(rng.integers(-20, 90)), place, stretch / radius))
+    return nodules
+
+
+def _vertebrae(rng: np.random.Generator, spine: Spine) -> list[Ellipsoid]:
+    """C7 to L1: body (cortical outside, trabecular inside), disc, arch with a spinous and two transverse processes."""
+    density = rng.uniform(0.75, 1.15)
+    bones = []
+    for number, z in enumerate(_VERTEBRA_Z):
+        size = 13.5 + 0.45 * number
+        body = spine.at(z)
+        pitch = 17 + 0.6 * number
+        bones += [
+            ellipsoid(90, body - [0, 0, pitch / 2], (size * 0.95, size * 0.8, 5)),
+            ellipsoid(CORTICAL * density, body, (size * 1.12, size * 0.95, pitch * 0.47)),
+            ellipsoid(TRABECULAR * density, body, (size * 1.02, size * 0.86, pitch * 0.40)),
+            _rod(RIB * density, body + [0, 24, 2], body + [0, 50, -12], 3.5, 7, overlap=1.1),
+            _rod(RIB * density, body + [-30, 27, 4], body + [30, 27, 4], 5, 6),
+        ]
+    return bones
+
+
+# Centres of C7, T1 ... T12, L1 in the average adult; the lower, the taller.
+_VERTEBRA_Z = 139 - np.cumsum([0, *(17.3 + 0.62 * np.arange(13))])
+
+
+def _ribs(rng: np.random.Generator, spine: Spine, lungs: dict[float, Lung]) -> list[Ellipsoid]:
+    """Twelve pairs: from the spine backwards, round the lung and down to the front; cartilage on to the sternum."""
+    slope = rng.uniform(0.40, 0.58)
+    density = rng.uniform(0.8, 1.15)
+    thickness = rng.uniform(0.9, 1.1)
+    front_angles = np.deg2rad([130, 138, 142, 142, 140, 136, 132, 126, 120, 112, 78, 52])
+    sternum_z = [84, *(64 - 17.0 * np.arange(6))]
+    bones = []
+    for lung in lungs.values():
+        for number, front in enumerate(front_angles):
+            head = spine.at(_VERTEBRA_Z[number + 1]) + [lung.side * 17, 9, 5]
+            tubercle = head + [lung.side * 20, 15, 0]
+            angles = np.linspace(np.deg2rad(-8), front, max(int(round(np.rad2deg(front) / 16)), 3))
+            turn_mm = 2 * lung.semi_axes_mm[1] * (0.62 if number == 0 else 0.9)
+            heights = head[2] + 2 - slope * turn_mm * (1 - np.cos(angles - angles[0])) / 2
+            arc = [lung.ring(z, angle, 6) for z, angle in zip(heights, angles, strict=True)]
+            bones += _chain(RIB * density, [head, tubercle, *arc], 3.6 * thickness, 6.2 * thickness)
+            if number < len(sternum_z):
+                z = sternum_z[number]
+                attach = lung.ring(z, np.pi, 4) * [0, 1, 1] + [lung.side * 15, 0, 0]
+                between = lung.ring((2 * arc[-1][2] + z) / 3, (2 * front + np.pi) / 3, 7)
+                bones += _chain(CARTILAGE * density, [arc[-1], between, attach], 4.0, 6.0)
+    front_of = lungs[LEFT].ring
+    return [
+        *bones,
+        _rod(RIB * density * 0.7, front_of(105, np.pi, 5) * [0, 1, 1], front_of(62, np.pi, 6) * [0, 1, 1], 26, 6),
+        _rod(RIB * density * 0.7, front_of(64, np.pi, 6) * [0, 1, 1], front_of(-38, np.pi, 8) * [0, 1, 1], 17, 5.5),
+    ]
+
+
+def _shoulder_girdle(rng: np.random.Generator) -> list[Ellipsoid]:
+    """Clavicles, scapulae turned outwards as with raised arms, and the heads of the humeri."""
+    lift = rng.uniform(-6, 8)
+    bones = []
+    for side in (LEFT, RIGHT):
+        mirrored = np.array([side, 1, 1])
+        curve = np.array([(18, -52, 104), (50, -62, 112), (90, -40, 118), (122, -8, 120), (140, 8, 118)]) + [
+            0,
+            0,
+            lift / 2,
+        ]
+        blade_turn = np.deg2rad(side * rng.uniform(-42, -28))
+        across = np.array([np.cos(blade_turn), np.sin(blade_turn), 0])
+        axes = np.stack([across, [-across[1], across[0], 0], [0, 0, 1]], axis=1)
+        blade = np.array([112, 78, 62 + lift]) * mirrored
+        bones += [
+            *_chain(RIB + 80, curve * mirrored, 5.0, 5.5),
+            ellipsoid(RIB, blade, (36, 3.2, 58), axes),
+            _rod(RIB, blade + [side * 22, -18, 30], blade + [-side * 30, 22, 22], 8, 5),
+            _rod(RIB + 80, np.array([148, 4, 110]) * mirrored, blade + [side * 8, 4, 34], 6, 8, overlap=1.1),
+            ellipsoid(CORTICAL, np.array([152, 20, 88 + lift]) * mirrored, (21, 21, 22)),
+            ellipsoid(TRABECULAR, np.array([152, 20, 88 + lift]) * mirrored, (18.5, 18.5, 19.5)),
+        ]
+    return bones
+
+
+def _table() -> list[Ellipsoid]:
+    """A curved couch of thin slabs with a foam mattress on it, below the thickest back; it runs through the volume."""
+    across = np.linspace(-160, 160, 9)
+    sag = 14 * (across / 160) ** 2
+    slabs = [ellipsoid(-60, (x, 166 - rise, 0), (34, 4, 900)) for x, rise in zip(across, sag, strict=True)]
+    mattress = [ellipsoid(FOAM, (x, 150 - rise, 0), (40, 9, 900)) for x, rise in zip(across, sag, strict=True)]
+    return [*mattress, *slabs]

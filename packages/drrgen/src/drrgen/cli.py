@@ -1,0 +1,114 @@
+"""The command line: text in, one call into the library, one clear line out. Heavy imports wait until a command runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drrgen.errors import InputError
+
+app = typer.Typer(
+    help="Chest CT in, a dense sphere of physically scaled X-ray views (DRRs) out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Exit code 0: done. 1: some of the work was refused, each refusal with its line. 2: bad input, one line."""
+    try:
+        app()
+    except (InputError, OSError) as error:
+        print(f"drrgen: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Option(help="Folder for the DICOM files, in the layout of TCIA downloads.")],
+    patients: Annotated[int, typer.Option(min=1, max=9999)] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Patient i of seed s is the same whatever the number.")] = 0,
+    matrix: Annotated[int, typer.Option(min=32, max=512, help="Rows and columns of a slice; the voxels fit.")] = 256,
+    table: Annotated[bool, typer.Option("--table", help="Lay the patients on a CT table.")] = False,
+) -> None:
+    """Write random synthetic chest CTs as DICOM."""
+    from drrgen import run
+
+    run.write_phantoms(out, patients, seed, matrix, table)
+    print(f"{patients} patients in {out}")
+
+
+@app.command()
+def render(
+    ct_dir: Annotated[Path, typer.Option(help="Folder with CT series, in any layout.")],
+    grid: Annotated[str, typer.Option(help="Directions: 5deg, fibonacci:3000 ...")] = "5deg",
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("shards"),
+    size: Annotated[int, typer.Option(help="Pixels per side of the largest level.")] = 512,
+    levels: Annotated[
+        str | None, typer.Option(help="Sizes to store, e.g. 256,512. [default: halvings down to 64]")
+    ] = None,
+    azimuth: Annotated[str, typer.Option(help="Keep only azimuths low:high, in degrees.")] = "-180:180",
+    elevation: Annotated[str, typer.Option(help="Keep only elevations low:high, in degrees.")] = "-90:90",
+    geometry: Annotated[str, typer.Option(help="chest, portable, carm or lidc-idri-drr.")] = "chest",
+    projector: Annotated[str, typer.Option(help="auto, cpu or siddon (the slow reference).")] = "auto",
+    keep_table: Annotated[bool, typer.Option("--keep-table", help="Do not remove what lies outside the body.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Render finished shards again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
+) -> None:
+    """Render every CT series below a folder to a shard. The same command goes on where it was stopped."""
+    from drrgen.config import RenderConfig
+
+    config = RenderConfig(grid, azimuth, elevation, size, _sizes(levels), geometry, projector, keep_table)
+    if dry_run:
+        print(config.to_json())
+        return
+    from drrgen import run
+
+    summary = run.render_folder(ct_dir, out, config, overwrite)
+    print(
+        f"{summary.rendered} rendered by {config.projector}, {summary.skipped} already finished, "
+        f"{summary.rejected} rejected; shards in {out}"
+    )
+    if summary.rejected:
+        sys.exit(1)
+
+
+@app.command()
+def validate(shards: Annotated[list[Path], typer.Argument(help="Shard files.")]) -> None:
+    """Check shards against every MUST of the schema, checksums and pyramid included; exit code 1 where one fails."""
+    from drrgen.shards import violations
+
+    num_bad = 0
+    for path in shards:
+        found = violations(path)
+        num_bad += bool(found)
+        print(f"{path}: {'ok' if not found else f'{len(found)} violations'}")
+        for line in found:
+            print(f"  {line}")
+    if num_bad:
+        sys.exit(1)
+
+
+@app.command()
+def view(
+    shard: Annotated[Path, typer.Argument(help="A shard file.")],
+    sheet: Annotated[Path, typer.Option(help="Write a contact sheet with the angles printed, as PNG.")],
+) -> None:
+    """Make pictures of a shard."""
+    from drrgen import view
+    from drrgen.shards import Shard
+
+    with Shard(shard) as opened:
+        view.sheet(opened, sheet)
+    print(sheet)
+
+
+def _sizes(levels: str | None) -> tuple[int, ...] | None:
+    if levels is None:
+        return None
+    try:
+        return tuple(int(size) for size in levels.split(","))
+    except ValueError as error:
+        raise InputError(f"--levels {levels!r}: name sizes in pixels, e.g. 256,512") from error

@@ -1,0 +1,279 @@
+"""DICOM CT in and out: files to series by tags, series to volumes by positions; the only user of pydicom and SimpleITK."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
+
+from drrgen.errors import InputError
+from drrgen.volume import Origin, Volume
+
+# HU beyond these are padding and the corners outside the scanner's circle, or the saturation of 12-bit scanners at metal.
+HU_CLAMP = (-1000, 3071)
+
+# A step between slices may differ from the median step by this much: positions are written with few digits.
+STEP_TOLERANCE = 0.01
+STEP_TOLERANCE_MM = 0.01
+# Slices may drift sideways by this much per slice, in pixels, before they count as sheared by a tilted gantry.
+DRIFT_TOLERANCE_PX = 0.1
+# Cosines of ImageOrientationPatient agree and are orthonormal within this.
+COSINE_TOLERANCE = 1e-3
+
+# More than any CT has: files that claim more are refused before memory is allocated.
+MAX_SIDE = 4096
+MAX_VOXELS = 2_000_000_000
+
+_TAGS = (
+    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID Manufacturer ConvolutionKernel KVP "
+    "SliceThickness ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns"
+).split()
+
+
+class SeriesRejected(InputError):
+    """A CT series that cannot be trusted. `code` is short and stable, the message says what is wrong."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One file's geometry: position [3] and orientation [6] in LPS, spacing (between rows, between columns) in mm."""
+
+    path: Path
+    position_mm: tuple[float, ...]
+    orientation: tuple[float, ...]
+    spacing_mm: tuple[float, ...]
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Series:
+    """The CT slices that share a SeriesInstanceUID, in no order; `missing_tags` counts files without a geometry."""
+
+    origin: Origin
+    slices: tuple[Slice, ...]
+    missing_tags: int
+
+
+def find_series(directory: Path) -> list[Series]:
+    """All CT Image Storage series below a folder, in any layout and by tags alone, sorted by patient and series.
+
+    Other files (CR and DX, XML, licences) are passed over. Raises InputError where the folder holds no CT slice.
+    """
+    if not directory.is_dir():
+        raise InputError(f"--ct-dir {directory}: there is no such folder")
+    groups: dict[str, list[pydicom.Dataset]] = defaultdict(list)
+    for header in _ct_headers(directory):
+        groups[str(header.get("SeriesInstanceUID", ""))].append(header)
+    if not groups:
+        raise InputError(f"--ct-dir {directory}: no DICOM CT slice in there; point it at a folder of CT series")
+    series = [_series(headers) for headers in groups.values()]
+    return sorted(series, key=lambda one: (one.origin.patient_id, one.origin.series_uid))
+
+
+def _ct_headers(directory: Path) -> Iterator[pydicom.Dataset]:
+    for folder, folders, names in os.walk(directory, followlinks=False):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.is_symlink() or not path.is_file():
+                continue
+            try:
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+            except (InvalidDicomError, EOFError):
+                continue
+            if header.get("SOPClassUID") == CTImageStorage:
+                yield header
+
+
+def _series(headers: list[pydicom.Dataset]) -> Series:
+    slices = [one for one in map(_slice, headers) if one is not None]
+    first = headers[0]
+    origin = Origin(
+        patient_id=str(first.get("PatientID") or "unknown"),
+        study_uid=str(first.get("StudyInstanceUID") or ""),
+        series_uid=str(first.get("SeriesInstanceUID") or ""),
+        manufacturer=_text(first.get("Manufacturer")),
+        kernel=_text(first.get("ConvolutionKernel")),
+        kvp=_number(first.get("KVP")),
+        slice_thickness_mm=_number(first.get("SliceThickness")),
+    )
+    return Series(origin, tuple(slices), missing_tags=len(headers) - len(slices))
+
+
+def _slice(header: pydicom.Dataset) -> Slice | None:
+    try:
+        return Slice(
+            path=Path(str(header.filename)),
+            position_mm=_vector(header.ImagePositionPatient, 3),
+            orientation=_vector(header.ImageOrientationPatient, 6),
+            spacing_mm=_vector(header.PixelSpacing, 2),
+            shape=(int(header.Rows), int(header.Columns)),
+        )
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _vector(values: object, length: int) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in values)  # type: ignore[attr-defined]
+    if len(numbers) != length or not np.isfinite(numbers).all():
+        raise ValueError(f"{length} finite numbers expected")
+    return numbers
+
+
+def _text(value: object) -> str | None:
+    return str(value) if value else None
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def read(series: Series) -> Volume:
+    """The volume of a series: slices sorted by position along their normal, spacing from positions only.
+
+    Raises SeriesRejected where the slices are not one complete, regular, undistorted grid, or a file is damaged.
+    """
+    ordered, world_from_voxel = _grid(series)
+    rows, columns = ordered[0].shape
+    hu = np.empty((len(ordered), rows, columns), np.int16)
+    for image, one in zip(hu, ordered, strict=True):
+        image[:] = _hounsfield(one)
+    return Volume(hu, world_from_voxel, series.origin)
+
+
+def _grid(series: Series) -> tuple[list[Slice], NDArray[np.float64]]:
+    """The slices in order of position, and world_from_voxel [4, 4]: DICOM PS3.3 C.7.6.2.1-1 with positions' own step."""
+    slices = series.slices
+    if series.missing_tags:
+        raise SeriesRejected("missing-tags", f"{series.missing_tags} files lack position, orientation or spacing")
+    if len(slices) < 2:
+        raise SeriesRejected("too-few-slices", f"{len(slices)} slice is no volume")
+    if any(one.shape != slices[0].shape for one in slices):
+        raise SeriesRejected("mixed-shape", "slices of different rows or columns share one SeriesInstanceUID")
+    if not all(0 < side <= MAX_SIDE for side in slices[0].shape) or len(slices) * np.prod(slices[0].shape) > MAX_VOXELS:
+        raise SeriesRejected("absurd-size", f"{len(slices)} slices of {slices[0].shape} pixels")
+    orientations = np.array([one.orientation for one in slices])
+    if np.ptp(orientations, axis=0).max() > COSINE_TOLERANCE:
+        raise SeriesRejected("mixed-orientation", "slices of different orientation share one SeriesInstanceUID")
+    spacings = np.array([one.spacing_mm for one in slices])
+    if np.ptp(spacings, axis=0).max() > STEP_TOLERANCE * spacings.min() or spacings.min() <= 0:
+        raise SeriesRejected("mixed-spacing", "slices of different PixelSpacing share one SeriesInstanceUID")
+
+    along_row, along_column = orientations[0, :3], orientations[0, 3:]
+    lengths = np.array([along_row @ along_row, along_column @ along_column, 1 + along_row @ along_column])
+    if np.abs(lengths - 1).max() > COSINE_TOLERANCE:
+        raise SeriesRejected("bad-orientation", "ImageOrientationPatient is not two orthogonal unit vectors")
+    normal = np.cross(along_row, along_column)
+    positions = np.array([one.position_mm for one in slices])
+    order = np.argsort(positions @ normal, kind="stable")
+    positions = positions[order]
+    steps = np.diff(positions @ normal)
+    step = float(np.median(steps))
+    _check_steps(steps, step)
+    between_rows, between_columns = spacings[0]
+    drift = np.diff(positions, axis=0) - np.outer(steps, normal)
+    if np.linalg.norm(drift, axis=1).max() > DRIFT_TOLERANCE_PX * spacings.min():
+        raise SeriesRejected("gantry-tilt", "slices are shifted sideways: the gantry was tilted")
+
+    world_from_voxel = np.eye(4)
+    world_from_voxel[:3, 0] = along_row * between_columns
+    world_from_voxel[:3, 1] = along_column * between_rows
+    world_from_voxel[:3, 2] = (positions[-1] - positions[0]) / (len(slices) - 1)
+    world_from_voxel[:3, 3] = positions[0]
+    return [slices[i] for i in order], world_from_voxel
+
+
+def _check_steps(steps: NDArray[np.float64], step: float) -> None:
+    tolerance = max(STEP_TOLERANCE * step, STEP_TOLERANCE_MM)
+    if steps.min() < STEP_TOLERANCE_MM:
+        raise SeriesRejected(
+            "duplicate-position", f"{int((steps < STEP_TOLERANCE_MM).sum())} slices lie on another one"
+        )
+    odd = np.abs(steps - step) > tolerance
+    if not odd.any():
+        return
+    whole = np.rint(steps / step)
+    if (np.abs(steps - whole * step) <= np.maximum(whole, 1) * tolerance).all() and whole.min() >= 1:
+        raise SeriesRejected("missing-slices", f"{int((whole - 1).sum())} slices are missing between the others")
+    raise SeriesRejected("non-uniform-spacing", f"steps of {steps.min():.3f} to {steps.max():.3f} mm between slices")
+
+
+def _hounsfield(one: Slice) -> NDArray[np.int16]:
+    """One slice in HU, [row, column], clamped to HU_CLAMP."""
+    try:
+        dataset = pydicom.dcmread(one.path)
+        if dataset.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+            raise ValueError("the deflated transfer syntax is not accepted")
+        if dataset.file_meta.TransferSyntaxUID.is_compressed:
+            hu = _decompressed(one.path)
+        else:
+            stored = dataset.pixel_array
+            hu = stored * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
+        if hu.shape != one.shape:
+            raise ValueError(f"{hu.shape} pixels instead of {one.shape}")
+    except (ValueError, AttributeError, EOFError, InvalidDicomError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SeriesRejected("undecodable-file", f"{one.path}: {reason}") from error
+    return np.rint(np.clip(hu, *HU_CLAMP)).astype(np.int16)
+
+
+def _decompressed(path: Path) -> NDArray[np.float64]:
+    """JPEG, JPEG-LS and JPEG 2000 through SimpleITK's GDCM, which applies slope and intercept itself."""
+    import SimpleITK
+
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[0].astype(np.float64)
+
+
+def write_series(directory: Path, volume: Volume, series_description: str) -> None:
+    """Write a volume as uncompressed CT Image Storage files `1-001.dcm` ..., the topmost slice first.
+
+    The directory is made. UIDs of the instances follow from the series UID, so the same volume gives the same bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    num_slices, rows, columns = volume.hu.shape
+    affine = volume.world_from_voxel
+    spacing = volume.spacing_mm
+    intercept = HU_CLAMP[0]
+    for number in range(1, num_slices + 1):
+        k = num_slices - number
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[volume.origin.series_uid, str(number)])
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        file = FileDataset(str(directory), {}, file_meta=meta, preamble=b"\0" * 128)
+        file.SOPClassUID, file.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        file.StudyInstanceUID, file.SeriesInstanceUID = volume.origin.study_uid, volume.origin.series_uid
+        file.FrameOfReferenceUID = generate_uid(entropy_srcs=[volume.origin.study_uid, "frame"])
+        file.PatientID = file.PatientName = volume.origin.patient_id
+        file.PatientPosition, file.Modality, file.SeriesDescription = "HFS", "CT", series_description
+        file.ImageType = ["DERIVED", "PRIMARY", "AXIAL"]
+        file.StudyDate, file.StudyTime, file.AccessionNumber, file.StudyID = "20000101", "000000", "", "1"
+        file.ReferringPhysicianName = file.PatientBirthDate = file.PatientSex = ""
+        file.Manufacturer = volume.origin.manufacturer or ""
+        file.ConvolutionKernel = volume.origin.kernel or ""
+        file.KVP = f"{volume.origin.kvp:g}" if volume.origin.kvp else ""
+        file.SeriesNumber, file.InstanceNumber, file.AcquisitionNumber = 1, number, 1
+        file.SliceThickness = f"{volume.origin.slice_thickness_mm or spacing[2]:.6g}"
+        file.ImagePositionPatient = [f"{value:.8g}" for value in affine[:3, 2] * k + affine[:3, 3]]
+        file.ImageOrientationPatient = [f"{value:.8g}" for value in (affine[:3, :2] / spacing[:2]).T.ravel()]
+        file.PixelSpacing = [f"{spacing[1]:.8g}", f"{spacing[0]:.8g}"]
+        file.Rows, file.Columns, file.SamplesPerPixel = rows, columns, 1
+        file.PhotometricInterpretation = "MONOCHROME2"
+        file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 0
+        file.RescaleIntercept, file.RescaleSlope, file.RescaleType = intercept, 1, "HU"
+        file.PixelData = (volume.hu[k].astype(np.int32) - intercept).astype("<u2").tobytes()
+        file.save_as(directory / f"1-{number:03d}.dcm", enforce_file_format=True)

@@ -1,0 +1,200 @@
+"""Phantoms painted from ellipsoids: their line integrals are closed forms, their voxels converge to them.
+
+Ellipsoids are painted one after the other in a world of air: where several overlap, the last one decides, in voxels and on
+rays alike. A ray meets an ellipsoid in one interval, so a line integral is a finite sum of interval lengths times
+attenuation: exact, and the truth that projectors are tested against.
+"""
+
+import math
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import ArrayLike, NDArray
+
+from drrgen.attenuation import hu_from_mu, mu_per_mm
+from drrgen.geometry import Detector, Views
+from drrgen.volume import Origin, Volume
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ellipsoid:
+    """All points X (LPS mm) with |ball_from_mm (X - centre_mm)| <= 1. centre_mm: [3]; ball_from_mm: [3, 3], invertible."""
+
+    hu: int
+    centre_mm: Float
+    ball_from_mm: Float
+
+
+def ellipsoid(hu: float, centre_mm: ArrayLike, semi_axes_mm: ArrayLike, axes: ArrayLike | None = None) -> Ellipsoid:
+    """The ellipsoid with these semi-axes [3] along the columns of `axes` [3, 3], orthonormal in LPS; None means x, y, z."""
+    along = np.eye(3) if axes is None else np.asarray(axes, dtype=np.float64)
+    semi_axes = np.asarray(semi_axes_mm, dtype=np.float64)
+    return Ellipsoid(round(hu), np.asarray(centre_mm, dtype=np.float64), along.T / semi_axes[:, None])
+
+
+@dataclass(frozen=True)
+class Nodule:
+    """A ball in a lung. centre_mm: [3], LPS."""
+
+    centre_mm: Float
+    diameter_mm: float
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """Ellipsoids in the order in which they are painted. isocentre_mm: [3], LPS, the centre of every volume made of it."""
+
+    name: str
+    ellipsoids: Sequence[Ellipsoid]
+    isocentre_mm: Float
+    nodules: tuple[Nodule, ...] = field(default=())
+
+    @property
+    def arrays(self) -> tuple[Float, Float, Float]:
+        """centre_mm [E, 3], ball_from_mm [E, 3, 3] and attenuation in 1/mm [E]."""
+        return (
+            np.array([one.centre_mm for one in self.ellipsoids]),
+            np.array([one.ball_from_mm for one in self.ellipsoids]),
+            mu_per_mm([one.hu for one in self.ellipsoids]).astype(np.float64),
+        )
+
+
+def beads() -> Phantom:
+    """Three balls, displaced to the patient's Left, Anterior and Superior by different distances: no symmetry is left."""
+    isocentre_mm = np.array([10.0, -20.0, 30.0])
+    places = (([60, 0, 0], 10), ([0, -45, 0], 7), ([0, 0, 75], 5))
+    balls = [ellipsoid(1000, isocentre_mm + np.array(offset), [radius] * 3) for offset, radius in places]
+    return Phantom("BEADS", balls, isocentre_mm)
+
+
+def line_integrals(phantom: Phantom, views: Views, detector: Detector) -> Float:
+    """Attenuation along the central ray of every pixel, from the source to the pixel's centre: [view, row, column]."""
+    images = np.empty((len(views), detector.shape, detector.shape))
+    _integrate(*views.rays(detector, np.eye(4)), *phantom.arrays, images)
+    return images
+
+
+def voxelise(
+    phantom: Phantom, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], supersample: int = 2
+) -> Volume:
+    """The phantom as a CT volume: axial slices in ascending z, centred on the phantom's isocentre.
+
+    shape: slices, rows, columns. spacing_mm: along x, y, z. A voxel is the mean attenuation of supersample ** 3 points,
+    as HU, rounded. The same phantom on the same grid gets the same UIDs; they are of the kind that is made from a UUID
+    (DICOM PS3.5 B.2).
+    """
+    slices, rows, columns = shape
+    spacing = np.array(spacing_mm, dtype=np.float64)
+    first_mm = phantom.isocentre_mm - (np.array([columns, rows, slices]) - 1) / 2 * spacing
+    world_from_voxel = np.diag([*spacing, 1.0])
+    world_from_voxel[:3, 3] = first_mm
+
+    step_mm = spacing / supersample
+    first_sample_mm = first_mm - (spacing - step_mm) / 2
+    arrays = phantom.arrays
+    hu = np.empty(shape, np.int16)
+    mu = np.empty((rows, columns))
+    for index in range(slices):
+        _paint(first_sample_mm + [0, 0, index * spacing[2]], step_mm, supersample, *arrays, mu)
+        hu[index] = np.rint(hu_from_mu(mu))
+
+    study_uid, series_uid = (
+        f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, text).int}"
+        for text in (f"drrgen {phantom.name}", f"drrgen {phantom.name} {shape} {spacing_mm} {supersample}")
+    )
+    origin = Origin(phantom.name, study_uid, series_uid, slice_thickness_mm=float(spacing[2]))
+    return Volume(hu, world_from_voxel, origin)
+
+
+@njit(cache=True, parallel=True)
+def _integrate(source, first_pixel, column_step, row_step, centre, ball_from_mm, mu, out):  # type: ignore[no-untyped-def]
+    """`line_integrals`; source to row_step are those of `Views.rays`."""
+    num_views, shape, _ = out.shape
+    for index in prange(num_views * shape):
+        view, row = index // shape, index % shape
+        x, y, z = source[view]
+        enter, leave, value = np.empty(len(mu)), np.empty(len(mu)), np.empty(len(mu))
+        ends = np.empty(2 * len(mu))
+        for column in range(shape):
+            dx = first_pixel[view, 0] + column * column_step[view, 0] + row * row_step[view, 0] - x
+            dy = first_pixel[view, 1] + column * column_step[view, 1] + row * row_step[view, 1] - y
+            dz = first_pixel[view, 2] + column * column_step[view, 2] + row * row_step[view, 2] - z
+            hits = 0
+            for e in range(len(mu)):
+                near, far = _chord((x, y, z), (dx, dy, dz), centre, ball_from_mm, e)
+                near, far = max(near, 0.0), min(far, 1.0)
+                if near < far:
+                    enter[hits], leave[hits], value[hits] = near, far, mu[e]
+                    ends[2 * hits], ends[2 * hits + 1] = near, far
+                    hits += 1
+            out[view, row, column] = _painted(enter, leave, value, hits, ends) * math.sqrt(dx * dx + dy * dy + dz * dz)
+
+
+@njit(cache=True)
+def _painted(enter, leave, value, hits, ends):  # type: ignore[no-untyped-def]
+    """The integral along a ray of which hit h paints the interval (enter[h], leave[h]) with value[h]; the last one wins."""
+    cuts = ends[: 2 * hits]
+    cuts.sort()
+    total = 0.0
+    for piece in range(len(cuts) - 1):
+        middle = (cuts[piece] + cuts[piece + 1]) / 2
+        for hit in range(hits - 1, -1, -1):
+            if enter[hit] < middle < leave[hit]:
+                total += (cuts[piece + 1] - cuts[piece]) * value[hit]
+                break
+    return total
+
+
+@njit(cache=True, parallel=True)
+def _paint(first_mm, step_mm, supersample, centre, ball_from_mm, mu, out):  # type: ignore[no-untyped-def]
+    """Mean attenuation in the voxels of one slice, out [row, column]: every line of samples along x is painted by chords."""
+    rows, columns = out.shape
+    num_samples = columns * supersample
+    for row in prange(rows):
+        line = np.empty(num_samples)
+        out[row] = 0.0
+        for sub in range(supersample * supersample):
+            y = first_mm[1] + (row * supersample + sub // supersample) * step_mm[1]
+            z = first_mm[2] + sub % supersample * step_mm[2]
+            line[:] = 0.0
+            for e in range(len(mu)):
+                near, far = _chord((first_mm[0], y, z), (step_mm[0], 0.0, 0.0), centre, ball_from_mm, e)
+                for sample in range(max(math.ceil(near), 0), min(math.floor(far), num_samples - 1) + 1):
+                    line[sample] = mu[e]
+            for sample in range(num_samples):
+                out[row, sample // supersample] += line[sample]
+        out[row] /= supersample**3
+
+
+@njit(cache=True)
+def _chord(start, direction, centre, ball_from_mm, e):  # type: ignore[no-untyped-def]
+    """(t, t) where start + t direction enters and leaves ellipsoid e; (1, -1) where it misses.
+
+    Seen from the ball, the ray's point nearest to the centre halves the chord. Taking it first, instead of solving
+    |start + t direction| = 1 for both ends, avoids the difference of two large squares.
+    """
+    x, y, z = start[0] - centre[e, 0], start[1] - centre[e, 1], start[2] - centre[e, 2]
+    x, y, z = _transform(ball_from_mm, e, x, y, z)
+    dx, dy, dz = _transform(ball_from_mm, e, direction[0], direction[1], direction[2])
+    squared = dx * dx + dy * dy + dz * dz
+    middle = -(x * dx + y * dy + z * dz) / squared
+    x, y, z = x + middle * dx, y + middle * dy, z + middle * dz
+    inside = 1 - (x * x + y * y + z * z)
+    if inside <= 0:
+        return 1.0, -1.0
+    half = math.sqrt(inside / squared)
+    return middle - half, middle + half
+
+
+@njit(cache=True)
+def _transform(matrices, e, x, y, z):  # type: ignore[no-untyped-def]
+    return (
+        matrices[e, 0, 0] * x + matrices[e, 0, 1] * y + matrices[e, 0, 2] * z,
+        matrices[e, 1, 0] * x + matrices[e, 1, 1] * y + matrices[e, 1, 2] * z,
+        matrices[e, 2, 0] * x + matrices[e, 2, 1] * y + matrices[e, 2, 2] * z,
+    )

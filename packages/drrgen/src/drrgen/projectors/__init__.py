@@ -1,0 +1,40 @@
+"""The projectors by name. All have one signature; each is imported only when it is asked for.
+
+A projector casts the central ray of every pixel through a volume:
+
+    project(mu, voxel_from_world, views, detector) -> line integrals
+
+mu: [slice, row, column], attenuation in 1/mm, 0 outside. voxel_from_world: [4, 4], LPS mm to voxel (column, row,
+slice). views: V cone-beam views. Result: float32 [view, row, column], dimensionless.
+"""
+
+import importlib
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrgen.errors import InputError
+from drrgen.geometry import Detector, Views
+
+NAMES = ("cpu", "siddon")
+
+
+class Projector(Protocol):
+    def __call__(
+        self, mu: NDArray[np.float32], voxel_from_world: NDArray[np.float64], views: Views, detector: Detector
+    ) -> NDArray[np.float32]: ...
+
+
+def resolve(name: str) -> str:
+    """`auto` becomes the fastest projector of this machine; another name stays, if there is such a projector."""
+    if name == "auto":
+        return "cpu"
+    if name not in NAMES:
+        raise InputError(f"--projector {name!r} does not exist: choose one of auto, {', '.join(NAMES)}")
+    return name
+
+
+def get(name: str) -> Projector:
+    """The projector of a name that `resolve` returned."""
+    return importlib.import_module(f"drrgen.projectors.{name}").project
