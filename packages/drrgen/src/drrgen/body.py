@@ -28,7 +28,8 @@ def remove_table(volume: Volume) -> NDArray[np.int16]:
 def body_mask(volume: Volume) -> NDArray[np.bool_]:
     """True inside the skin, lungs and bowel gas included: [slice, row, column].
 
-    Tissue without thin shells, its large connected parts, filled slice by slice. Raises SeriesRejected where there is none.
+    Tissue without thin shells, its large connected parts, filled slice by slice.
+    Raises SeriesRejected where nothing is left.
     """
     factor = max(1, round(GRID_MM / volume.spacing_mm[:2].max()))
     pixel_mm = volume.spacing_mm[:2].max() * factor

@@ -34,8 +34,8 @@ class RenderConfig:
         levels = _halvings(self.size) if self.levels is None else tuple(sorted(self.levels, reverse=True))
         if levels[:1] != (self.size,) or any(a != 2 * b for a, b in pairwise(levels)):
             raise InputError(
-                f"--levels {','.join(map(str, levels))}: name the size, {self.size}, and its halves down to the smallest "
-                f"level wanted, e.g. {','.join(map(str, _halvings(self.size)))}"
+                f"--levels {','.join(map(str, levels))}: name the size {self.size} and its halves down to the smallest"
+                f" level wanted, e.g. {','.join(map(str, _halvings(self.size)))}"
             )
         object.__setattr__(self, "levels", levels)
         grid.directions(self.grid, self.azimuth, self.elevation)

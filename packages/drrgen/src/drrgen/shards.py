@@ -59,7 +59,7 @@ class Writer:
         self._num_done = 0
 
     def append(self, images: dict[int, Images], saturated: int) -> None:
-        """The next views, {size: [views, size, size]}; `saturated` counts the largest level's pixels beyond the scale."""
+        """The next views, {size: [views, size, size]}, and how many pixels of the largest level exceed the scale."""
         for size, batch in images.items():
             rows = slice(self._num_done, self._num_done + len(batch))
             self._file[f"images/{size}"][rows] = batch

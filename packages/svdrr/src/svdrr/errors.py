@@ -1,4 +1,4 @@
-"""The one exception that means "your input, not our bug": the command line turns it into a single line and exit code 2."""
+"""The one exception that means "your input, not our bug": the command line makes it one line and exit code 2."""
 
 
 class InputError(Exception):
