@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.drrgen.volumes import volume
 
 from drrgen import anatomy, body, dicom, phantom
-from tests.drrgen.volumes import volume
 
 SHAPE, SPACING_MM = (68, 200, 200), (2.0, 2.0, 5.0)
 

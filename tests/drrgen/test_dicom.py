@@ -1,4 +1,4 @@
-"""Reading CT series: what is written comes back, order comes from positions, and what is wrong is refused with its code."""
+"""Reading CT series: what is written comes back, order comes from positions, what is wrong is refused with its code."""
 
 import shutil
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from tests.drrgen.volumes import volume
 
 from drrgen import dicom, lidc
 from drrgen.errors import InputError
 from drrgen.volume import Volume
-from tests.drrgen.volumes import volume
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_defects_are_refused_with_their_code(folder: Path, damage: Callable[[Pat
 
 def test_a_damaged_file_is_named(folder: Path) -> None:
     truncate(folder)
-    with pytest.raises(dicom.SeriesRejected, match="1-005.dcm"):
+    with pytest.raises(dicom.SeriesRejected, match=r"1-005\.dcm"):
         read_only_series(folder)
 
 

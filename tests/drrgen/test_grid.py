@@ -43,7 +43,9 @@ def test_fibonacci_starts_at_pa_and_covers_equal_areas() -> None:
     assert (to_detector[:1500, 1] < 0).all()
 
 
-@pytest.mark.parametrize("text", ["", "5", "deg", "0deg", "7deg", "-5deg", "0.0001deg", "fibonacci", "fibonacci:1", "1e9deg"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "deg", "0deg", "7deg", "-5deg", "0.0001deg", "fibonacci", "fibonacci:1", "1e9deg"]
+)
 def test_nonsense_is_refused_with_the_cure(text: str) -> None:
     with pytest.raises(InputError, match=r"5deg.*fibonacci:3000"):
         directions(text)

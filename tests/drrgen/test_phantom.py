@@ -131,7 +131,8 @@ def test_every_bead_casts_its_shadow_where_the_projection_matrix_says() -> None:
 
 def test_beads_tell_all_directions_apart() -> None:
     left, anterior, superior = (one.centre_mm - beads().isocentre_mm for one in beads().ellipsoids)
-    assert (left[0] > 0) and (anterior[1] < 0) and (superior[2] > 0)
+    assert left[0] > 0 > anterior[1]
+    assert superior[2] > 0
     lengths = np.linalg.norm([left, anterior, superior], axis=1)
     assert len(set(lengths)) == 3
     assert (np.abs([left[0], anterior[1], superior[2]]) == lengths).all()
@@ -202,7 +203,7 @@ def test_a_patient_fits_the_field_and_has_the_hu_of_one(seed: int) -> None:
     assert -1000 == hu.min() < 500 < hu.max() < 1200
     litres = 6.0**3 / 1e6
     assert 2.5 < np.sum((hu > -900) & (hu < -700)) * litres < 6.5  # lungs
-    assert 14 < np.sum(hu > -200) * litres < 30  # the rest of a chest
+    assert 10 < np.sum(hu > -200) * litres < 25  # the rest: a trunk of 320 x 240 x 320 mm is 19, less the lungs
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -224,7 +225,7 @@ def test_heart_is_left_and_liver_is_right(seed: int) -> None:
 
 
 def test_nodules_are_round_and_within_the_lungs() -> None:
-    directions = np.random.default_rng(0).normal(size=(500, 3))
+    directions = np.random.default_rng(0).normal(size=(200, 3))
     directions /= np.linalg.norm(directions, axis=1)[:, None]
     counts = []
     for seed in range(12):

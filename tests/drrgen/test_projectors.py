@@ -22,6 +22,13 @@ def views(isocentre_mm=(0.0, 0.0, 0.0), azimuth_deg=AZIMUTH_DEG, elevation_deg=E
     return Views(*angles, np.array(isocentre_mm, dtype=float), PRESETS[setup].sdd_mm, PRESETS[setup].sod_mm)
 
 
+def pixel_centres(looks: Views, detector: Detector) -> np.ndarray:
+    """[view, row, column, 3], mm."""
+    _, first, column_step, row_step = (part[:, None, None] for part in looks.rays(detector, np.eye(4)))
+    index = np.arange(detector.shape)
+    return first + index[:, None] * column_step + index[:, None, None] * row_step
+
+
 def grid(shape, spacing_mm) -> np.ndarray:
     """voxel_from_world of a volume [slice, row, column] that is centred on the origin."""
     world_from_voxel = np.diag([*spacing_mm, 1.0])
@@ -50,18 +57,16 @@ def test_thorax_converges_to_its_closed_form(name: str) -> None:
 
 
 def test_joseph_converges_with_the_square_of_the_voxel_on_a_smooth_phantom() -> None:
-    """A Gaussian ball has a closed form (w sqrt(2 pi) s exp(-d^2 / 2 s^2) at distance d); linear interpolation errs like h^2.
+    """A Gaussian ball's closed form is w sqrt(2 pi) s exp(-d^2 / 2 s^2) at distance d; interpolation errs like h^2.
 
     Measured: rms 5.8e-4, 2.4e-4 (anisotropic steps), 5.6e-5 of the peak at h = 6, 3, 1.5 mm.
     """
     centre_mm, sigma_mm = np.array([20.0, -10.0, 30.0]), 20.0
     looks = views()
-    source, first, column_step, row_step = looks.rays(DETECTOR, np.eye(4))
-    index = np.arange(DETECTOR.shape)
-    pixels = first[:, None, None] + index[:, None] * column_step[:, None, None] + index[:, None, None] * row_step[:, None, None]
-    along = pixels - source[:, None, None]
+    source = looks.source_mm[:, None, None]
+    along = pixel_centres(looks, DETECTOR) - source
     along /= np.linalg.norm(along, axis=-1, keepdims=True)
-    offset = source[:, None, None] - centre_mm
+    offset = source - centre_mm
     distance_squared = (offset**2).sum(-1) - (offset * along).sum(-1) ** 2
     truth = 0.02 * np.sqrt(2 * np.pi) * sigma_mm * np.exp(-distance_squared / 2 / sigma_mm**2)
 
@@ -86,12 +91,10 @@ def test_siddon_is_exact_for_one_voxel() -> None:
     detector = Detector(shape=32, pixel_mm=0.5)
     looks = views()
     cast = projectors.get("siddon")(mu, grid(mu.shape, spacing_mm), looks, detector)
-    source, first, column_step, row_step = looks.rays(detector, np.eye(4))
-    index = np.arange(32)
-    pixels = first[:, None, None] + index[:, None] * column_step[:, None, None] + index[:, None, None] * row_step[:, None, None]
-    direction = pixels - source[:, None, None]
+    source = looks.source_mm[:, None, None]
+    direction = pixel_centres(looks, detector) - source
     direction[direction == 0] = 1e-300
-    ends = [(side * spacing_mm / 2 - source[:, None, None]) / direction for side in (-1, 1)]
+    ends = [(side * spacing_mm / 2 - source) / direction for side in (-1, 1)]
     enter, leave = np.minimum(*ends).max(-1), np.maximum(*ends).min(-1)
     truth = 0.5 * np.maximum(leave - enter, 0) * np.linalg.norm(direction, axis=-1)
     # float32 results of up to 3; rays that graze a face may fall to either side of it
@@ -149,17 +152,18 @@ def test_rays_that_miss_and_sources_inside(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("azimuth_deg", "elevation_deg"), [(0, 0), (180, 0), (90, 0), (-90, 0), (0, 45), (0, -45), (60, 45), (-120, -45)]
+    ("azimuth_deg", "elevation_deg"),
+    [(0, 0), (180, 0), (90, 0), (-90, 0), (0, 45), (0, -45), (60, 45), (-120, -45)],
 )
 def test_markers_land_where_the_documentation_says(name: str, azimuth_deg: float, elevation_deg: float) -> None:
-    """Beads at the patient's left, front and head: their blobs' centroids lie where the stored matrix P puts the centres.
+    """Beads at the patient's left, front and head: their blobs' centroids lie where the stored matrix P puts the balls.
 
-    In PA left is right of the middle; in the left lateral the front is left of it; the head is always up at elevation 0.
+    In PA left is right of the middle, in the left lateral the front is left of it; at elevation 0 the head is up.
     """
     beads = phantom.beads()
     volume = phantom.voxelise(beads, (90, 60, 75), (2.0, 2.0, 2.0))
     looks = views(volume.centre_mm, [azimuth_deg], [elevation_deg])
-    detector = Detector(shape=256, pixel_mm=432 / 256)
+    detector = Detector(shape=128, pixel_mm=432 / 128)
     middle = (detector.shape - 1) / 2
     matrix = looks.projection(detector)[0]
     for one in beads.ellipsoids:
@@ -169,15 +173,15 @@ def test_markers_land_where_the_documentation_says(name: str, azimuth_deg: float
         rows, columns = np.indices(image.shape)
         centroid = np.array([(image * columns).sum(), (image * rows).sum()]) / image.sum()
         expected = project(matrix, one.centre_mm)
-        # 0.2 pixels are 0.3 mm: a sixth of a voxel, for rays that sample a blocky ball of five voxels unevenly
+        # 0.2 pixels are 0.6 mm on the body: a third of a voxel, for rays that sample a ball of five voxels unevenly
         assert centroid == pytest.approx(expected, abs=0.2)
     left, front, head = (project(matrix, one.centre_mm) - middle for one in beads.ellipsoids)
-    signs = {(0, 0): left[0] > 20, (180, 0): left[0] < -20, (90, 0): front[0] < -20, (-90, 0): front[0] > 20}
+    signs = {(0, 0): left[0] > 10, (180, 0): left[0] < -10, (90, 0): front[0] < -10, (-90, 0): front[0] > 10}
     assert signs.get((azimuth_deg, elevation_deg), True)
     if elevation_deg == 0:
-        assert head[1] < -20
+        assert head[1] < -10
     if (azimuth_deg, elevation_deg) == (0, 45):  # seen from above and in front, what is in front lies lower
-        assert front[1] > 10
+        assert front[1] > 5
 
 
 def test_cpu_agrees_with_siddon_on_a_real_ct(real_data: Path) -> None:

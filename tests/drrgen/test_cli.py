@@ -1,0 +1,156 @@
+"""The commands as a user types them, from DICOM to picture, and one clear line for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+from PIL import Image
+from tests.drrgen.volumes import volume
+
+from drrgen import cli, dicom
+
+
+def drrgen(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the command line in this process; the exit code."""
+    monkeypatch.setattr(sys, "argv", ["drrgen", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: drrgen(*arguments, monkeypatch=monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def ct_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two phantoms, as the command writes them."""
+    out = tmp_path_factory.mktemp("phantoms") / "ct"
+    with pytest.MonkeyPatch.context() as patch:
+        assert drrgen("phantom", "--out", out, "--patients", 2, "--matrix", 64, monkeypatch=patch) == 0
+    return out
+
+
+SMALL = ("--grid", "45deg", "--size", 64, "--levels", "64,32", "--elevation", "-45:45")
+
+
+def test_phantoms_lie_as_tcia_downloads_do(ct_dir: Path) -> None:
+    found = dicom.find_series(ct_dir)
+    assert [one.origin.patient_id for one in found] == ["PHANTOM-0000", "PHANTOM-0001"]
+    depths = {len(path.relative_to(ct_dir).parts) for path in ct_dir.rglob("*.dcm")}
+    assert depths == {5}  # collection / patient / study / series / file
+
+
+def test_render_validate_view(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    assert "2 rendered by cpu, 0 already finished" in capsys.readouterr().out
+    finished = sorted(Path("shards").iterdir())
+    assert len(finished) == 2
+    assert run("validate", *finished) == 0
+    before = [path.read_bytes() for path in finished]
+
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    assert "0 rendered by cpu, 2 already finished" in capsys.readouterr().out
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--overwrite") == 0
+    assert [path.read_bytes() for path in finished] == before
+
+    assert run("view", finished[0], "--sheet", "sheet.png") == 0
+    with Image.open("sheet.png") as sheet:
+        assert sheet.size == (8 * 64, 3 * 64)
+
+
+def test_a_broken_shard_is_rendered_again(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    first, _ = sorted(Path("shards").iterdir())
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1000])
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    assert "1 rendered by cpu, 1 already finished" in capsys.readouterr().out
+    assert first.read_bytes() == whole
+
+
+def test_settings_are_not_mixed_in_one_folder(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--keep-table") == 2
+    assert "--overwrite" in one_line(capsys)
+
+
+def test_rejected_series_are_named_and_the_others_done(run, tmp_path: Path, ct_dir: Path, capsys) -> None:
+    dicom.write_series(tmp_path / "ct" / "air", volume(series_uid="1.9"), "noise")
+    (tmp_path / "ct" / "good").symlink_to("nowhere")
+    good = next(ct_dir.glob("*/PHANTOM-0000"))
+    (tmp_path / "ct" / "good").unlink()
+    good.rename(tmp_path / "ct" / "good")
+    try:
+        (tmp_path / "ct" / "air" / "1-003.dcm").unlink()
+        assert run("render", "--ct-dir", "ct", *SMALL) == 1
+    finally:
+        (tmp_path / "ct" / "good").rename(good)
+    captured = capsys.readouterr()
+    assert "rejected TEST-01 1.9: missing-slices" in captured.err
+    assert "1 rendered by cpu, 0 already finished, 1 rejected" in captured.out
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if "view/s" not in line and "patient/s" not in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("drrgen: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cure"),
+    [
+        (("render", "--ct-dir", "nowhere"), "no such folder"),
+        (("render", "--ct-dir", "."), "no DICOM CT"),
+        (("render", "--ct-dir", ".", "--grid", "nonsense"), "5deg"),
+        (("render", "--ct-dir", ".", "--grid", "7deg"), "divides 90"),
+        (("render", "--ct-dir", ".", "--azimuth", "left"), "low:high"),
+        (("render", "--ct-dir", ".", "--geometry", "bed"), "portable"),
+        (("render", "--ct-dir", ".", "--projector", "cuda"), "auto, cpu, siddon"),
+        (("render", "--ct-dir", ".", "--levels", "512,128"), "512,256"),
+        (("render", "--ct-dir", ".", "--levels", "a"), "256,512"),
+        (("render", "--ct-dir", ".", "--size", 0), "--size 0"),
+        (("validate", "nowhere.h5"), "no such shard"),
+        (("validate", "text.h5"), "not a readable HDF5 file"),
+        (("view", "nowhere.h5", "--sheet", "x.png"), "no such shard"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, arguments, cure: str, capsys: pytest.CaptureFixture) -> None:
+    Path("text.h5").write_text("no shard")
+    assert run(*arguments) == 2
+    assert cure in one_line(capsys)
+
+
+def test_unknown_options_exit_with_2(run) -> None:
+    assert run("render", "--nonsense") == 2
+
+
+def test_validate_names_the_bad_one(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    good, bad = sorted(Path("shards").iterdir())
+    with h5py.File(bad, "r+") as file:
+        file["images/64"][0, 0, 0] += 100
+    capsys.readouterr()
+    assert run("validate", good, bad) == 1
+    assert capsys.readouterr().out.splitlines()[:2] == [f"{good}: ok", f"{bad}: 2 violations"]
+
+
+def test_dry_run_prints_the_settings_and_touches_nothing(run, capsys: pytest.CaptureFixture) -> None:
+    assert run("render", "--ct-dir", "nowhere", "--dry-run") == 0
+    assert '"levels": [512, 256, 128, 64]' in capsys.readouterr().out
+    assert not Path("shards").exists()
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    code = (
+        "import sys, drrgen.cli; print([m for m in ('numpy', 'numba', 'h5py', 'torch', 'pydicom') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,0 +1,161 @@
+"""Shards are whole or absent, say what they hold, and betray every change."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from tests.drrgen.volumes import volume
+
+from drrgen import shards
+from drrgen.errors import InputError
+from drrgen.geometry import Detector, Views
+from drrgen.render import quantised, render
+from drrgen.volume import Volume
+
+DETECTORS = [Detector(16, 4.0), Detector(8, 8.0)]
+VIEWS = Views(np.array([0.0, 30, 60]), np.array([0.0, 10, 20]), np.zeros(3), 1800.0, 1640.0)
+
+
+def pyramid(num_views: int = 3, seed: int = 0) -> dict[int, shards.Images]:
+    fine = np.random.default_rng(seed).integers(0, 65536, (num_views, 16, 16)).astype(np.uint16)
+    return {16: fine, 8: shards.halved(fine)}
+
+
+def create(path: Path, about: Volume | None = None):
+    return shards.create(
+        path,
+        about or volume(),
+        VIEWS,
+        DETECTORS,
+        table_removed=True,
+        config_json='{"grid": "x"}',
+        licence="none",
+        attribution="nobody",
+    )
+
+
+def write(path: Path) -> Path:
+    with create(path) as writer:
+        writer.append({size: images[:2] for size, images in pyramid().items()}, saturated=3)
+        writer.append({size: images[2:] for size, images in pyramid().items()}, saturated=4)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "a.h5")
+
+
+def test_a_finished_shard_is_sound_and_alone(path: Path) -> None:
+    assert shards.violations(path) == []
+    assert [one.name for one in path.parent.iterdir()] == ["a.h5"]
+
+
+def test_what_is_written_comes_back(path: Path) -> None:
+    with shards.Shard(path) as shard:
+        assert shard.levels == [16, 8]
+        assert shard.patient_id == "TEST-01"
+        assert np.array_equal(shard.azimuth_deg, VIEWS.azimuth_deg)
+        for size, images in pyramid().items():
+            for view in range(3):
+                assert np.array_equal(shard.line_integrals(size, view), images[view] / np.float32(4096))
+    with h5py.File(path) as file:
+        assert file["images/16"].attrs["saturated_count"] == 7
+        assert file["ct"].attrs["series_uid"] == "1.2.3.4"
+
+
+def test_the_same_input_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
+    assert write(tmp_path / "again.h5").read_bytes() == path.read_bytes()
+
+
+def test_nothing_remains_of_an_interrupted_write(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with create(tmp_path / "a.h5") as writer:
+            writer.append(pyramid(), saturated=0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_forgets_views_leaves_nothing(tmp_path: Path) -> None:
+    """Fill values would pass for images; their checksums, never written, do not."""
+    with pytest.raises(OSError, match="CRC-32"), create(tmp_path / "a.h5") as writer:
+        writer.append({size: images[:2] for size, images in pyramid().items()}, saturated=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda file: file["images/16"].__setitem__((1, 2, 3), 1), "images/16: view 1 does not match its CRC-32"),
+        (lambda file: file["checks/8/crc32"].__setitem__(2, 1), "images/8: view 2 does not match"),
+        (lambda file: file.attrs.__setitem__("complete", False), "complete is not true"),
+        (lambda file: file.attrs.__setitem__("schema_version", "2.0"), "schema_version is 2.0"),
+        (lambda file: file.attrs.__setitem__("config_json", "{}"), "config_sha256"),
+        (lambda file: file.attrs.__delitem__("licence"), "attribute licence is missing"),
+        (lambda file: file["ct"].attrs.__delitem__("spacing_mm"), "attribute spacing_mm is missing"),
+        (lambda file: file.__delitem__("views/source_mm"), "views/source_mm: missing"),
+        (lambda file: file["views"].attrs.__setitem__("levels", [16, 4]), "levels"),
+    ],
+)
+def test_every_damage_is_named(path: Path, damage, expected: str) -> None:
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    assert any(expected in line for line in shards.violations(path)), shards.violations(path)
+
+
+def test_a_pyramid_that_is_no_average_is_named(tmp_path: Path) -> None:
+    wrong = {16: pyramid()[16], 8: pyramid(seed=1)[8]}
+    with pytest.raises(OSError, match="box average"), create(tmp_path / "a.h5") as writer:
+        writer.append(wrong, saturated=0)
+
+
+@pytest.mark.parametrize("cut", [100, 5000])
+def test_a_truncated_file_is_no_shard(path: Path, cut: int) -> None:
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(InputError, match="render it again"):
+        shards.Shard(path)
+
+
+def test_names_are_safe_and_unique() -> None:
+    def name(patient_id: str, series_uid: str) -> str:
+        origin = volume(series_uid=series_uid).origin
+        return shards.file_name(type(origin)(patient_id, origin.study_uid, series_uid))
+
+    assert name("LIDC-IDRI-0001", "1.2") == "LIDC-IDRI-0001_77ac319b.h5"
+    assert "/" not in name("../../etc/passwd", "1.2")
+    assert not name("../x", "1.2").startswith(".")
+    assert name("same", "1.2") != name("same", "1.3")
+
+
+def test_halving_rounds_halves_up_without_overflow() -> None:
+    images = np.array([[[1, 0, 65535, 65535], [1, 0, 65535, 65535]]], np.uint16)
+    assert shards.halved(images).tolist() == [[[1, 65535]]]
+
+
+def test_quantisation_is_to_nearest_and_counts_what_it_clips() -> None:
+    images, saturated = quantised(np.array([0.0, 1.0, 1 / 4096 * 1.4, 15.9999, 16.5, 99.0], np.float32))
+    assert images.tolist() == [0, 4096, 1, 65535, 65535, 65535]
+    assert saturated == 3  # 15.9999 rounds to 65536
+
+
+def test_render_hands_out_every_view_once_in_order() -> None:
+    """A projector that returns its view's azimuth: batches cover the views, levels are averages of one another."""
+
+    def azimuth(mu, voxel_from_world, views: Views, detector: Detector):
+        return np.broadcast_to(views.azimuth_deg[:, None, None], (len(views), 1024, 1024)).astype(np.float32) / 4096
+
+    views = Views(np.arange(40.0), np.zeros(40), np.zeros(3), 1800.0, 1640.0)
+    batches = list(render(np.zeros((2, 2, 2), np.float32), np.eye(4), views, Detector(1024, 0.4), [1024, 512], azimuth))
+    assert len(batches) > 1
+    for size in (1024, 512):
+        assert np.concatenate([images[size][:, 0, 0] for images, _ in batches]).tolist() == list(range(40))
+
+
+def test_json_lists_in_ct_attributes(path: Path) -> None:
+    with h5py.File(path) as file:
+        assert json.loads(file["ct"].attrs["defects"]) == []
