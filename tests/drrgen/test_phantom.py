@@ -86,9 +86,12 @@ def test_air_painted_last_removes() -> None:
     assert (line_integrals(phantom, everywhere(), Detector(shape=8, pixel_mm=20.0)) == 0).all()
 
 
-def test_the_ray_ends_at_its_pixel() -> None:
+def test_the_ray_starts_at_the_source_and_does_not_end_at_the_detector() -> None:
+    """A patient wider than the gap between isocentre and detector is not cut off: docs/geometry.md."""
     on_the_detector = ellipsoid(0, ISOCENTRE_MM - [0, 160, 0], [30] * 3)
-    assert line_integrals(painted(on_the_detector), looks(0), CENTRAL_RAY).item() == pytest.approx(mu_per_mm(0) * 30)
+    assert line_integrals(painted(on_the_detector), looks(0), CENTRAL_RAY).item() == pytest.approx(mu_per_mm(0) * 60)
+    around_the_source = ellipsoid(0, ISOCENTRE_MM + [0, 1640, 0], [30] * 3)
+    assert line_integrals(painted(around_the_source), looks(0), CENTRAL_RAY).item() == pytest.approx(mu_per_mm(0) * 30)
 
 
 def test_a_patient_on_a_ray_is_what_brute_force_finds_there() -> None:

@@ -128,7 +128,7 @@ def _chain(
 
 def _trunk(rng: np.random.Generator) -> list[Ellipsoid]:
     """Muscles and, painted before them, the same shapes thicker by the subcutaneous fat."""
-    fat_mm, belly = rng.uniform([4, 0], [17, 14])
+    fat_mm, belly = rng.uniform([7, 0], [18, 14])
     masses = [
         ((0, -2, -40), (165, 107, 205), 0),
         ((0, -10 - belly / 2, -150), (156, 106 + belly / 2, 115), 0),
@@ -176,7 +176,7 @@ def _mediastinum(rng: np.random.Generator) -> list[Ellipsoid]:
     tilt = np.deg2rad(rng.uniform(28, 48))
     # the heart's long axis points to the left, forward and down
     apex = np.array([np.cos(tilt), -0.55, -np.sin(tilt)])
-    base = np.array([-8, -12, -18])
+    base = np.array([0, -12, -18])
     arch_z = rng.uniform(48, 60)
     arch = [
         (-14, -22, 0),
@@ -192,7 +192,7 @@ def _mediastinum(rng: np.random.Generator) -> list[Ellipsoid]:
         ellipsoid(BLOOD, (0, 38, -40), (20, 26, 120)),
         *(ellipsoid(BLOOD, (side * 36, 8, 12), (15, 18, 20)) for side in (LEFT, RIGHT)),
         _rod(BLOOD, base - 18 * apex, base + 88 * heart * apex, 44 * heart, 44 * heart, overlap=1.05),
-        ellipsoid(BLOOD, (-22, -18, -32), np.array([30, 36, 42]) * heart),
+        ellipsoid(BLOOD, (-18, -18, -32), np.array([29, 36, 42]) * heart),
         ellipsoid(BLOOD, (26, -18, 16), (19, 24, 24)),
         ellipsoid(BLOOD, (-24, -6, 55), (11, 12, 48)),
         *_chain(BLOOD, arch, 13, 13),

@@ -73,7 +73,7 @@ def beads() -> Phantom:
 
 
 def line_integrals(phantom: Phantom, views: Views, detector: Detector) -> Float:
-    """Attenuation along the central ray of every pixel, from the source to the pixel's centre: [view, row, column]."""
+    """Attenuation along the ray from the source through the centre of every pixel: [view, row, column]."""
     images = np.empty((len(views), detector.shape, detector.shape))
     arrays = phantom.arrays
     rays = zip(*views.rays(detector, np.eye(4)), strict=True)
@@ -138,35 +138,36 @@ def _integrate(out, near, source, first_pixel, column_step, row_step, centre, ba
     for row in prange(rows):
         x, y, z = source
         enter, leave, value = np.empty(len(mu)), np.empty(len(mu)), np.empty(len(mu))
-        ends = np.empty(2 * len(mu))
-        candidates = np.flatnonzero(near[row])
         for column in range(columns):
             dx = first_pixel[0] + column * column_step[0] + row * row_step[0] - x
             dy = first_pixel[1] + column * column_step[1] + row * row_step[1] - y
             dz = first_pixel[2] + column * column_step[2] + row * row_step[2] - z
             hits = 0
-            for e in candidates:
-                first, last = _chord((x, y, z), (dx, dy, dz), centre, ball_from_mm, e)
-                first, last = max(first, 0.0), min(last, 1.0)
-                if first < last:
-                    enter[hits], leave[hits], value[hits] = first, last, mu[e]
-                    ends[2 * hits], ends[2 * hits + 1] = first, last
-                    hits += 1
-            out[row, column] = _painted(enter, leave, value, hits, ends) * math.sqrt(dx * dx + dy * dy + dz * dz)
+            for e in range(len(mu)):
+                if near[row, e]:
+                    first, last = _chord((x, y, z), (dx, dy, dz), centre, ball_from_mm, e)
+                    if first < last:
+                        enter[hits], leave[hits], value[hits] = first, last, mu[e]
+                        hits += 1
+            out[row, column] = _painted(enter, leave, value, hits) * math.sqrt(dx * dx + dy * dy + dz * dz)
 
 
 @njit(cache=True)
-def _painted(enter, leave, value, hits, ends):  # type: ignore[no-untyped-def]
-    """The integral along a ray whose hit h paints the interval (enter[h], leave[h]) with value[h]; the last wins."""
-    cuts = ends[: 2 * hits]
-    cuts.sort()
-    total = 0.0
-    for piece in range(len(cuts) - 1):
-        middle = (cuts[piece] + cuts[piece + 1]) / 2
-        for hit in range(hits - 1, -1, -1):
-            if enter[hit] < middle < leave[hit]:
-                total += (cuts[piece + 1] - cuts[piece]) * value[hit]
-                break
+def _painted(enter, leave, value, hits):  # type: ignore[no-untyped-def]
+    """The integral over t >= 0, where hit h paints [enter[h], leave[h]), walked from border to border."""
+    total, here, end = 0.0, 0.0, 0.0
+    for hit in range(hits):
+        end = max(end, leave[hit])
+    while here < end:
+        border, top = end, 0.0
+        for hit in range(hits):
+            if enter[hit] > here:
+                border = min(border, enter[hit])
+            elif leave[hit] > here:
+                border = min(border, leave[hit])
+                top = value[hit]
+        total += (border - here) * top
+        here = border
     return total
 
 
@@ -175,9 +176,10 @@ def _paint(out, first_mm, step_mm, supersample, centre, ball_from_mm, mu):  # ty
     """Mean attenuation in the voxels of one slice, out [row, column]: chords paint lines of samples along x."""
     rows, columns = out.shape
     num_samples = columns * supersample
+    share = 1 / supersample**3
     for row in prange(rows):
         line = np.empty(num_samples)
-        out[row] = 0.0
+        out[row, :] = 0.0
         for sub in range(supersample * supersample):
             y = first_mm[1] + (row * supersample + sub // supersample) * step_mm[1]
             z = first_mm[2] + sub % supersample * step_mm[2]
@@ -186,9 +188,9 @@ def _paint(out, first_mm, step_mm, supersample, centre, ball_from_mm, mu):  # ty
                 first, last = _chord((first_mm[0], y, z), (step_mm[0], 0.0, 0.0), centre, ball_from_mm, e)
                 for sample in range(max(math.ceil(first), 0), min(math.floor(last), num_samples - 1) + 1):
                     line[sample] = mu[e]
-            for sample in range(num_samples):
-                out[row, sample // supersample] += line[sample]
-        out[row] /= supersample**3
+            for column in range(columns):
+                for sample in range(column * supersample, (column + 1) * supersample):
+                    out[row, column] += share * line[sample]
 
 
 @njit(cache=True)

@@ -57,6 +57,7 @@ class Writer:
     def __init__(self, file: h5py.File) -> None:
         self._file = file
         self._num_done = 0
+        self.saturated = 0
 
     def append(self, images: dict[int, Images], saturated: int) -> None:
         """The next views, {size: [views, size, size]}, and how many pixels of the largest level exceed the scale."""
@@ -64,7 +65,7 @@ class Writer:
             rows = slice(self._num_done, self._num_done + len(batch))
             self._file[f"images/{size}"][rows] = batch
             self._file[f"checks/{size}/crc32"][rows] = [_crc32(image) for image in batch]
-        self._file[f"images/{max(images)}"].attrs["saturated_count"] += saturated
+        self.saturated += saturated
         self._num_done += len(batch)
 
 
@@ -99,7 +100,9 @@ def create(
                 licence=licence,
                 attribution=attribution,
             )
-            yield Writer(file)
+            writer = Writer(file)
+            yield writer
+            file[f"images/{detectors[0].shape}"].attrs["saturated_count"] = writer.saturated
             file.attrs["complete"] = True
         if found := violations(temporary):
             raise OSError(f"{path}: what was written is not what was meant: {found[0]}")

@@ -1,6 +1,6 @@
 """The projectors by name. All have one signature; each is imported only when it is asked for.
 
-A projector casts the central ray of every pixel through a volume:
+A projector casts the ray from the source through the centre of every pixel, and on through the whole volume:
 
     project(mu, voxel_from_world, views, detector) -> line integrals
 

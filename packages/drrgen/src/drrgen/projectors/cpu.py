@@ -54,14 +54,18 @@ def _cast(padded, source, first_pixel, column_step, row_step, sdd_mm, pixel_mm, 
 
 @njit(cache=True)
 def _march(flat, counts, strides, main, b, c):  # type: ignore[no-untyped-def]
-    """The integral of attenuation over t in [0, 1] along a ray, from samples on the slices across its main axis.
+    """The integral of attenuation over t >= 0 along a ray, from samples on the slices across its main axis.
 
     main, b, c: (start, direction, axis) of the ray along its main axis and along the two others, in voxels.
     """
     start, per_t, axis = main
     slope_b, slope_c = b[1] / per_t, c[1] / per_t
     at_zero_b, at_zero_c = b[0] - start * slope_b, c[0] - start * slope_c
-    low, high = max(min(start, start + per_t), 0.0), min(max(start, start + per_t), counts[axis] - 1.0)
+    low, high = 0.0, counts[axis] - 1.0
+    if per_t > 0:
+        low = max(low, start)
+    else:
+        high = min(high, start)
     low, high = _clip(low, high, at_zero_b, slope_b, counts[b[2]])
     low, high = _clip(low, high, at_zero_c, slope_c, counts[c[2]])
     main_stride, b_stride, c_stride = strides[axis], strides[b[2]], strides[c[2]]

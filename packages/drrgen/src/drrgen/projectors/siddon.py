@@ -34,16 +34,16 @@ def _cast(mu, source, first_pixel, column_step, row_step, sdd_mm, pixel_mm, out)
 
 @njit(cache=True)
 def _mean_along(mu, start, direction):  # type: ignore[no-untyped-def]
-    """The integral of mu over t in [0, 1] along start + t direction, in voxel coordinates (column, row, slice)."""
+    """The integral of mu over t >= 0 along start + t direction, in voxel coordinates (column, row, slice)."""
     counts = (mu.shape[2], mu.shape[1], mu.shape[0])
-    cuts = np.empty(counts[0] + counts[1] + counts[2] + 5)
-    cuts[0], cuts[1] = 0.0, 1.0
-    num_cuts = 2
+    cuts = np.empty(counts[0] + counts[1] + counts[2] + 4)
+    cuts[0] = 0.0
+    num_cuts = 1
     for axis in range(3):
         if direction[axis] != 0:
             for plane in range(counts[axis] + 1):
                 t = (plane - 0.5 - start[axis]) / direction[axis]
-                if 0 < t < 1:
+                if t > 0:
                     cuts[num_cuts] = t
                     num_cuts += 1
     cuts = np.sort(cuts[:num_cuts])
