@@ -245,35 +245,36 @@ def write_series(directory: Path, volume: Volume, series_description: str) -> No
     """
     directory.mkdir(parents=True, exist_ok=True)
     num_slices, rows, columns = volume.hu.shape
-    affine = volume.world_from_voxel
-    spacing = volume.spacing_mm
-    intercept = HU_CLAMP[0]
+    affine, spacing, origin = volume.world_from_voxel, volume.spacing_mm, volume.origin
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
+    file = FileDataset(str(directory), {}, file_meta=meta, preamble=b"\0" * 128)
+    file.SOPClassUID, file.StudyInstanceUID, file.SeriesInstanceUID = (
+        CTImageStorage,
+        origin.study_uid,
+        origin.series_uid,
+    )
+    file.FrameOfReferenceUID = generate_uid(entropy_srcs=[origin.study_uid, "frame"])
+    file.PatientID = file.PatientName = origin.patient_id
+    file.PatientPosition, file.Modality, file.SeriesDescription = "HFS", "CT", series_description
+    file.ImageType = ["DERIVED", "PRIMARY", "AXIAL"]
+    file.StudyDate, file.StudyTime, file.AccessionNumber, file.StudyID = "20000101", "000000", "", "1"
+    file.ReferringPhysicianName = file.PatientBirthDate = file.PatientSex = ""
+    file.Manufacturer, file.ConvolutionKernel = origin.manufacturer or "", origin.kernel or ""
+    file.KVP = f"{origin.kvp:g}" if origin.kvp else ""
+    file.SeriesNumber, file.AcquisitionNumber = 1, 1
+    file.SliceThickness = f"{origin.slice_thickness_mm or spacing[2]:.6g}"
+    file.ImageOrientationPatient = [f"{value:.8g}" for value in (affine[:3, :2] / spacing[:2]).T.ravel()]
+    file.PixelSpacing = [f"{spacing[1]:.8g}", f"{spacing[0]:.8g}"]
+    file.Rows, file.Columns, file.SamplesPerPixel = rows, columns, 1
+    file.PhotometricInterpretation = "MONOCHROME2"
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 0
+    file.RescaleIntercept, file.RescaleSlope, file.RescaleType = HU_CLAMP[0], 1, "HU"
     for number in range(1, num_slices + 1):
         k = num_slices - number
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID = CTImageStorage
-        meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[volume.origin.series_uid, str(number)])
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        file = FileDataset(str(directory), {}, file_meta=meta, preamble=b"\0" * 128)
-        file.SOPClassUID, file.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        file.StudyInstanceUID, file.SeriesInstanceUID = volume.origin.study_uid, volume.origin.series_uid
-        file.FrameOfReferenceUID = generate_uid(entropy_srcs=[volume.origin.study_uid, "frame"])
-        file.PatientID = file.PatientName = volume.origin.patient_id
-        file.PatientPosition, file.Modality, file.SeriesDescription = "HFS", "CT", series_description
-        file.ImageType = ["DERIVED", "PRIMARY", "AXIAL"]
-        file.StudyDate, file.StudyTime, file.AccessionNumber, file.StudyID = "20000101", "000000", "", "1"
-        file.ReferringPhysicianName = file.PatientBirthDate = file.PatientSex = ""
-        file.Manufacturer = volume.origin.manufacturer or ""
-        file.ConvolutionKernel = volume.origin.kernel or ""
-        file.KVP = f"{volume.origin.kvp:g}" if volume.origin.kvp else ""
-        file.SeriesNumber, file.InstanceNumber, file.AcquisitionNumber = 1, number, 1
-        file.SliceThickness = f"{volume.origin.slice_thickness_mm or spacing[2]:.6g}"
+        uid = generate_uid(entropy_srcs=[origin.series_uid, str(number)])
+        meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = uid
+        file.InstanceNumber = number
         file.ImagePositionPatient = [f"{value:.8g}" for value in affine[:3, 2] * k + affine[:3, 3]]
-        file.ImageOrientationPatient = [f"{value:.8g}" for value in (affine[:3, :2] / spacing[:2]).T.ravel()]
-        file.PixelSpacing = [f"{spacing[1]:.8g}", f"{spacing[0]:.8g}"]
-        file.Rows, file.Columns, file.SamplesPerPixel = rows, columns, 1
-        file.PhotometricInterpretation = "MONOCHROME2"
-        file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 0
-        file.RescaleIntercept, file.RescaleSlope, file.RescaleType = intercept, 1, "HU"
-        file.PixelData = (volume.hu[k].astype(np.int32) - intercept).astype("<u2").tobytes()
+        file.PixelData = (volume.hu[k].astype(np.int32) - HU_CLAMP[0]).astype("<u2").tobytes()
         file.save_as(directory / f"1-{number:03d}.dcm", enforce_file_format=True)

