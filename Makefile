@@ -1,0 +1,38 @@
+# Two commands do everything: `make demo` sets up and runs both libraries end to end; `make test` sets up and checks them.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN    := .venv/bin
+PACKAGES := packages/drrgen packages/svdrr
+SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
+
+.PHONY: demo test lint figures help
+
+demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 5 minutes)
+	@cat demo/report.md
+	@echo "Picture: $(CURDIR)/demo/demo.png"
+
+demo/report.md: .venv/ready $(SOURCES)
+	$(BIN)/python docs/figures/demo.py demo
+
+test: .venv/ready  ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+lint: .venv/ready  ## format, lint, types, import directions
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+figures: demo/report.md  ## make the pictures of the documentation again
+	$(BIN)/python docs/figures/geometry.py docs/img
+	cp demo/demo.png docs/img/demo.png
+
+help:  ## list these commands
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/ready: pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev $(PACKAGES:%=--editable %)
+	@touch $@
