@@ -23,9 +23,10 @@ lint: .venv/ready  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-figures: demo/report.md  ## make the pictures of the documentation again
+figures: demo/report.md  ## make the pictures and the table of the documentation again
 	$(BIN)/python docs/figures/geometry.py docs/img
 	cp demo/demo.png docs/img/demo.png
+	$(BIN)/python docs/figures/readme.py demo/report.md README.md
 
 help:  ## list these commands
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
