@@ -1,6 +1,6 @@
-"""Projectors beside one another, in one run: views per second and the error to the closed form.
+"""Projectors beside one another, in one run: views per second, and the error to the closed form.
 
-`python tests/benchmarks/projectors.py` prints a Markdown table. The volume is a phantom of an ordinary chest CT's shape.
+`python tests/benchmarks/projectors.py` prints a Markdown table. The volume is a phantom with the shape of a chest CT.
 """
 
 import time
