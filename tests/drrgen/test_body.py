@@ -40,6 +40,15 @@ def test_air_alone_is_refused() -> None:
         body.body_mask(empty.with_hu(np.full_like(empty.hu, -1000)))
 
 
+def test_the_table_of_another_scanner_goes(real_data: Path) -> None:
+    """Lung-Dx A0001 lies on a deep metal trough with a rail below it, and wears a lead: air remains behind the back."""
+    patient = dicom.read(dicom.find_series(real_data / "lung-dx-a0001")[0])
+    mask = body.body_mask(patient)
+    assert ((patient.hu > -300) & ~mask)[:, 470:].any()
+    assert not mask[:, 470:].any()
+    assert 15 < mask.sum() * np.prod(patient.spacing_mm) * 1e-6 < 35
+
+
 def test_real_table_goes_and_real_patient_stays(real_data: Path) -> None:
     """Behind the back of LIDC-IDRI-0001 the table lies 12 mm and more below the skin, over the whole length."""
     patient = dicom.read(dicom.find_series(real_data / "lidc-idri-0001")[0])

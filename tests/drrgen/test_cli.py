@@ -1,5 +1,7 @@
 """The commands as a user types them, from DICOM to picture, and one clear line for every mistake."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from drrgen import cli, dicom
 def drrgen(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     """Run the command line in this process; the exit code."""
     monkeypatch.setattr(sys, "argv", ["drrgen", *map(str, arguments)])
+    for hook in ("excepthook", "unraisablehook"):  # main sets its own; put back those of pytest
+        monkeypatch.setattr(sys, hook, getattr(sys, hook))
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return stop.value.code or 0
@@ -80,19 +84,38 @@ def test_settings_are_not_mixed_in_one_folder(run, ct_dir: Path, capsys: pytest.
 
 
 def test_rejected_series_are_named_and_the_others_done(run, tmp_path: Path, ct_dir: Path, capsys) -> None:
-    dicom.write_series(tmp_path / "ct" / "air", volume(series_uid="1.9"), "noise")
-    (tmp_path / "ct" / "good").symlink_to("nowhere")
-    good = next(ct_dir.glob("*/PHANTOM-0000"))
-    (tmp_path / "ct" / "good").unlink()
-    good.rename(tmp_path / "ct" / "good")
-    try:
-        (tmp_path / "ct" / "air" / "1-003.dcm").unlink()
-        assert run("render", "--ct-dir", "ct", *SMALL) == 1
-    finally:
-        (tmp_path / "ct" / "good").rename(good)
+    dicom.write_series(tmp_path / "ct" / "gap", volume(series_uid="1.9"), "noise")
+    (tmp_path / "ct" / "gap" / "1-003.dcm").unlink()
+    shutil.copytree(next(ct_dir.glob("*/PHANTOM-0000")), tmp_path / "ct" / "good")
+    assert run("render", "--ct-dir", "ct", *SMALL) == 1
     captured = capsys.readouterr()
     assert "rejected TEST-01 1.9: missing-slices" in captured.err
     assert "1 rendered by cpu, 0 already finished, 1 rejected" in captured.out
+
+
+def test_a_patient_with_and_without_a_table_are_two_series(run, capsys: pytest.CaptureFixture) -> None:
+    assert run("phantom", "--out", "ct/alone", "--patients", 1, "--matrix", 32) == 0
+    assert run("phantom", "--out", "ct/on_table", "--patients", 1, "--matrix", 32, "--table") == 0
+    assert run("render", "--ct-dir", "ct", *SMALL) == 0
+    assert "2 rendered" in capsys.readouterr().out
+
+
+def test_an_odd_size_has_one_level(run, ct_dir: Path) -> None:
+    assert run("render", "--ct-dir", ct_dir, "--grid", "90deg", "--size", 65) == 0
+    assert run("validate", *Path("shards").iterdir()) == 0
+
+
+def test_a_full_disk_is_one_line(ct_dir: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the full disk; nothing that looks like a shard is left."""
+    program = Path(sys.executable).with_name("drrgen")
+    command = f"ulimit -f 64; exec {program} render --ct-dir {ct_dir} --grid 30deg --size 128 --out {tmp_path / 'out'}"
+    # ignored, so that the write fails instead of the process
+    ignore = "trap '' XFSZ; "
+    done = subprocess.run(["bash", "-c", ignore + command], capture_output=True, text=True)
+    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line and "view/s" not in line]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, lines
+    assert list((tmp_path / "out").glob("*.h5")) == []
 
 
 def one_line(capsys: pytest.CaptureFixture) -> str:
@@ -119,10 +142,20 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("validate", "nowhere.h5"), "no such shard"),
         (("validate", "text.h5"), "not a readable HDF5 file"),
         (("view", "nowhere.h5", "--sheet", "x.png"), "no such shard"),
+        (("view", "incomplete.h5", "--sheet", "x.png"), "render it again"),
+        (("view", "whole.h5", "--sheet", "x.xyz"), "PNG"),
+        (("render", "--ct-dir", "ct", "--out", "text.h5"), "--out"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run, arguments, cure: str, capsys: pytest.CaptureFixture) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(run, ct_dir: Path, arguments, cure: str, capsys) -> None:
     Path("text.h5").write_text("no shard")
+    if "ct" in arguments or "whole.h5" in arguments or "incomplete.h5" in arguments:
+        Path("ct").symlink_to(ct_dir)
+        golden = Path(__file__).parents[1] / "contract" / "golden" / "1.0" / "tiny.h5"
+        shutil.copy(golden, "whole.h5")
+        shutil.copy(golden, "incomplete.h5")
+        with h5py.File("incomplete.h5", "r+") as file:
+            file.attrs["complete"] = False
     assert run(*arguments) == 2
     assert cure in one_line(capsys)
 
@@ -139,6 +172,13 @@ def test_validate_names_the_bad_one(run, ct_dir: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert run("validate", good, bad) == 1
     assert capsys.readouterr().out.splitlines()[:2] == [f"{good}: ok", f"{bad}: 2 violations"]
+
+
+def test_validate_goes_on_after_a_file_that_is_no_shard(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    golden = Path(__file__).parents[1] / "contract" / "golden" / "1.0" / "tiny.h5"
+    (tmp_path / "text.h5").write_text("no shard")
+    assert run("validate", "text.h5", golden) == 2
+    assert capsys.readouterr().out.strip() == f"{golden}: ok"
 
 
 def test_dry_run_prints_the_settings_and_touches_nothing(run, capsys: pytest.CaptureFixture) -> None:

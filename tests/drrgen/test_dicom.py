@@ -194,6 +194,39 @@ def one_slice(folder: Path) -> None:
         path.unlink()
 
 
+def set_tag(name: str, value: object, every: bool = False) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for path in folder.iterdir() if every else [folder / "1-005.dcm"]:
+            edit(path, lambda dataset: setattr(dataset, name, value))
+
+    return damage
+
+
+def delete_tag(name: str) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "1-005.dcm", lambda dataset: delattr(dataset, name))
+
+
+def raw_slope(folder: Path) -> None:
+    """Not a number, in letters that pydicom itself would not write."""
+    path = folder / "1-005.dcm"
+    edit(path, lambda dataset: setattr(dataset, "RescaleSlope", "1.375"))
+    path.write_bytes(path.read_bytes().replace(b"1.375", b"nan  "))
+
+
+def cut_header(folder: Path) -> None:
+    """The end slice, so that no gap betrays it."""
+    path = folder / "1-001.dcm"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def eight_bit(folder: Path) -> None:
+    def change(dataset: pydicom.Dataset) -> None:
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+        dataset.PixelData = dataset.PixelData[::2]
+
+    edit(folder / "1-005.dcm", change)
+
+
 def deflated(folder: Path) -> None:
     path = folder / "1-005.dcm"
     dataset = pydicom.dcmread(path)
@@ -217,6 +250,21 @@ def deflated(folder: Path) -> None:
         (huge, "absurd-size"),
         (one_slice, "too-few-slices"),
         (deflated, "undecodable-file"),
+        (cut_header, "unreadable-file"),
+        (eight_bit, "undecodable-file"),
+        (raw_slope, "undecodable-file"),
+        (delete_tag("RescaleIntercept"), "undecodable-file"),
+        (delete_tag("PixelData"), "undecodable-file"),
+        (set_tag("RescaleSlope", "0"), "undecodable-file"),
+        (set_tag("RescaleSlope", "-1"), "undecodable-file"),
+        (set_tag("RescaleSlope", None), "undecodable-file"),
+        (set_tag("RescaleSlope", ["1", "2"]), "undecodable-file"),
+        (set_tag("NumberOfFrames", 2), "undecodable-file"),
+        (set_tag("PatientID", "SOMEBODY ELSE"), "mixed-patient"),
+        (set_tag("PixelSpacing", ["1e30", "1e30"], every=True), "absurd-size"),
+        (set_tag("PixelSpacing", ["0", "0"], every=True), "absurd-size"),
+        (set_tag("Rows", 0, every=True), "absurd-size"),
+        (set_tag("SeriesInstanceUID", "", every=True), "missing-tags"),
     ],
 )
 def test_defects_are_refused_with_their_code(folder: Path, damage: Callable[[Path], None], code: str) -> None:
@@ -232,6 +280,38 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     truncate(folder)
     with pytest.raises(dicom.SeriesRejected, match=r"1-005\.dcm"):
         read_only_series(folder)
+
+
+def test_a_damaged_file_among_many_series_does_not_reject_them_all(folder: Path) -> None:
+    """Flat downloads hold many series in one folder: whose slice a damaged file was cannot be told."""
+    dicom.write_series(folder.parent / "other", volume(series_uid="1.2.3.5"), "test")
+    for path in (folder.parent / "other").iterdir():
+        path.rename(folder / f"other-{path.name}")
+    (folder / "damaged.dcm").write_bytes((folder / "1-001.dcm").read_bytes()[:300])
+    unknown, one, two = sorted(dicom.find_series(folder), key=lambda series: series.origin.series_uid)
+    assert dicom.read(one).hu.shape == dicom.read(two).hu.shape
+    with pytest.raises(dicom.SeriesRejected, match=r"unreadable-file.*damaged\.dcm"):
+        dicom.read(unknown)
+
+
+def test_texts_are_made_safe_for_one_line(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"TEST-01", b"T\n\x00T-01"))
+    (series,) = dicom.find_series(folder)
+    assert series.origin.patient_id == "TT-01"
+
+
+def test_a_series_that_is_written_again_leaves_nothing_of_the_old_one(folder: Path) -> None:
+    dicom.write_series(folder, volume(shape=(5, 16, 20)), "test")
+    assert len(list(folder.iterdir())) == 5
+    assert [path.name for path in folder.parent.iterdir()] == ["series"]
+
+
+def test_hidden_folders_are_passed_over(folder: Path) -> None:
+    """An interrupted writer leaves one."""
+    folder.rename(folder.parent / ".series.tmp-1")
+    with pytest.raises(InputError, match="no DICOM CT"):
+        dicom.find_series(folder.parent)
 
 
 def test_folders_without_ct_are_refused(tmp_path: Path) -> None:

@@ -23,8 +23,16 @@ def test_order_is_elevation_outer_azimuth_inner() -> None:
     assert elevation_deg.tolist() == [0, 0, 0, 30, 30, 30]
 
 
-def test_azimuth_range_may_go_beyond_180() -> None:
-    assert directions("45deg", "90:270", "0:0")[0].tolist() == [-180, -135, -90, 90, 135]
+@pytest.mark.parametrize("behind", ["90:270", "-270:-90"])
+def test_azimuths_count_modulo_a_full_turn(behind: str) -> None:
+    assert directions("45deg", behind, "0:0")[0].tolist() == [-180, -135, -90, 90, 135]
+    assert directions("45deg", "-400:-300", "0:0")[0].tolist() == [-0.0, 45]
+
+
+def test_ends_of_a_range_are_included_whatever_the_step() -> None:
+    azimuth_deg, _ = directions("0.3deg", "-90:90", "-0.3:0.3")
+    assert (azimuth_deg.min(), azimuth_deg.max()) == pytest.approx((-90, 90))
+    assert len(azimuth_deg) == 601 * 3
 
 
 def test_poles_belong_to_every_azimuth_range() -> None:

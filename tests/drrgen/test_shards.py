@@ -20,6 +20,7 @@ VIEWS = Views(np.array([0.0, 30, 60]), np.array([0.0, 10, 20]), np.zeros(3), 180
 
 def pyramid(num_views: int = 3, seed: int = 0) -> dict[int, shards.Images]:
     fine = np.random.default_rng(seed).integers(0, 65536, (num_views, 16, 16)).astype(np.uint16)
+    fine[0, :2, :3] = 65535  # six saturated pixels, and one at the level below
     return {16: fine, 8: shards.halved(fine)}
 
 
@@ -38,8 +39,8 @@ def create(path: Path, about: Volume | None = None):
 
 def write(path: Path) -> Path:
     with create(path) as writer:
-        writer.append({size: images[:2] for size, images in pyramid().items()}, saturated=3)
-        writer.append({size: images[2:] for size, images in pyramid().items()}, saturated=4)
+        for batch in (slice(0, 2), slice(2, 3)):
+            writer.append({size: images[batch] for size, images in pyramid().items()})
     return path
 
 
@@ -62,7 +63,7 @@ def test_what_is_written_comes_back(path: Path) -> None:
             for view in range(3):
                 assert np.array_equal(shard.line_integrals(size, view), images[view] / np.float32(4096))
     with h5py.File(path) as file:
-        assert file["images/16"].attrs["saturated_count"] == 7
+        assert [file[f"images/{size}"].attrs["saturated_count"] for size in (16, 8)] == [6, 1]
         assert file["ct"].attrs["series_uid"] == "1.2.3.4"
 
 
@@ -73,7 +74,7 @@ def test_the_same_input_gives_the_same_bytes(path: Path, tmp_path: Path) -> None
 def test_nothing_remains_of_an_interrupted_write(tmp_path: Path) -> None:
     def interrupted() -> None:
         with create(tmp_path / "a.h5") as writer:
-            writer.append(pyramid(), saturated=0)
+            writer.append(pyramid())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -84,22 +85,68 @@ def test_nothing_remains_of_an_interrupted_write(tmp_path: Path) -> None:
 def test_a_writer_that_forgets_views_leaves_nothing(tmp_path: Path) -> None:
     """Fill values would pass for images; their checksums, never written, do not."""
     with pytest.raises(OSError, match="CRC-32"), create(tmp_path / "a.h5") as writer:
-        writer.append({size: images[:2] for size, images in pyramid().items()}, saturated=0)
+        writer.append({size: images[:2] for size, images in pyramid().items()})
     assert list(tmp_path.iterdir()) == []
+
+
+def put(path: str, *where: int):
+    """Change one number of a dataset."""
+
+    def change(file: h5py.File) -> None:
+        file[path][where] = file[path][where] + 100
+
+    return change
+
+
+def attribute(path: str, name: str, value: object):
+    return lambda file: file[path].attrs.__setitem__(name, value)
+
+
+def without(path: str, name: str):
+    return lambda file: file[path].attrs.__delitem__(name)
+
+
+def as_external(file: h5py.File) -> None:
+    """Values that lie in another file: a reader would show whatever is there."""
+    del file["images/16"]
+    file.create_dataset("images/16", (3, 16, 16), np.uint16, external=[("/etc/passwd", 0, 3 * 16 * 16 * 2)])
+
+
+def as_group(file: h5py.File) -> None:
+    del file["images/16"]
+    file.create_group("images/16")
 
 
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda file: file["images/16"].__setitem__((1, 2, 3), 1), "images/16: view 1 does not match its CRC-32"),
-        (lambda file: file["checks/8/crc32"].__setitem__(2, 1), "images/8: view 2 does not match"),
-        (lambda file: file.attrs.__setitem__("complete", False), "complete is not true"),
-        (lambda file: file.attrs.__setitem__("schema_version", "2.0"), "schema_version is 2.0"),
-        (lambda file: file.attrs.__setitem__("config_json", "{}"), "config_sha256"),
-        (lambda file: file.attrs.__delitem__("licence"), "attribute licence is missing"),
-        (lambda file: file["ct"].attrs.__delitem__("spacing_mm"), "attribute spacing_mm is missing"),
+        (put("images/16", 1, 2, 3), "images/16: view 1 does not match its CRC-32"),
+        (put("checks/8/crc32", 2), "images/8: view 2 does not match"),
+        (put("views/azimuth_deg", 1), "views/source_mm: does not follow"),
+        (put("views/source_mm", 1, 1), "views/source_mm: does not follow"),
+        (put("views/projection", 1, 1, 1), "views/projection: does not follow"),
+        (lambda file: file["views/azimuth_deg"].__setitem__(1, np.nan), "angles are not finite"),
+        (attribute("/", "complete", False), "complete is not true"),
+        (attribute("/", "complete", "False"), "complete"),
+        (attribute("/", "schema_version", "2.0"), "schema_version is '2.0'"),
+        (attribute("/", "schema_version", 1.0), "schema_version"),
+        (attribute("/", "config_json", "{}"), "config_sha256"),
+        (without("/", "licence"), "attribute licence is missing"),
+        (without("ct", "spacing_mm"), "attribute spacing_mm is missing"),
+        (without("ct", "repairs"), "attribute repairs is missing"),
+        (attribute("ct", "shape", "big"), "attribute shape"),
+        (attribute("images/16", "scale", 1.0), "scale"),
+        (attribute("images/16", "offset", 5.0), "offset"),
+        (attribute("images/16", "quantity", "photons"), "photons"),
+        (attribute("views", "sdd_mm", -1.0), "sdd_mm"),
+        (attribute("views", "isocentre_mm", [1.0, 2.0]), "isocentre_mm"),
+        (attribute("views", "pixel_spacing_mm", [4.0, 4.0]), "pixel_spacing_mm"),
+        (attribute("views", "levels", [16, 4]), "levels"),
+        (attribute("views", "levels", "x"), "levels"),
         (lambda file: file.__delitem__("views/source_mm"), "views/source_mm: missing"),
-        (lambda file: file["views"].attrs.__setitem__("levels", [16, 4]), "levels"),
+        (lambda file: file.__delitem__("views"), "views: no such group"),
+        (as_external, "kept in another file"),
+        (as_group, "images/16: not uint16"),
     ],
 )
 def test_every_damage_is_named(path: Path, damage, expected: str) -> None:
@@ -111,7 +158,7 @@ def test_every_damage_is_named(path: Path, damage, expected: str) -> None:
 def test_a_pyramid_that_is_no_average_is_named(tmp_path: Path) -> None:
     wrong = {16: pyramid()[16], 8: pyramid(seed=1)[8]}
     with pytest.raises(OSError, match="box average"), create(tmp_path / "a.h5") as writer:
-        writer.append(wrong, saturated=0)
+        writer.append(wrong)
 
 
 @pytest.mark.parametrize("cut", [100, 5000])
@@ -137,10 +184,19 @@ def test_halving_rounds_halves_up_without_overflow() -> None:
     assert shards.halved(images).tolist() == [[[1, 65535]]]
 
 
-def test_quantisation_is_to_nearest_and_counts_what_it_clips() -> None:
-    images, saturated = quantised(np.array([0.0, 1.0, 1 / 4096 * 1.4, 15.9999, 16.5, 99.0], np.float32))
-    assert images.tolist() == [0, 4096, 1, 65535, 65535, 65535]
-    assert saturated == 3  # 15.9999 rounds to 65536
+def test_quantisation_is_to_nearest_and_stops_at_the_end_of_the_scale() -> None:
+    images = quantised(np.array([-1.0, 0.0, 1.0, 1.4 / 4096, 15.9999, 16.5, 99.0], np.float32))
+    assert images.tolist() == [0, 0, 4096, 1, 65535, 65535, 65535]
+
+
+@pytest.mark.parametrize("levels", [[65], [66, 33], [64, 32, 16]])
+def test_render_makes_the_levels_that_are_asked_for(levels: list[int]) -> None:
+    def ones(mu, voxel_from_world, views: Views, detector: Detector):
+        return np.ones((len(views), detector.shape, detector.shape), np.float32)
+
+    (pyramid,) = render(np.zeros((2, 2, 2), np.float32), np.eye(4), VIEWS, Detector(levels[0], 1.0), levels, ones)
+    assert {size: images.shape for size, images in pyramid.items()} == {size: (3, size, size) for size in levels}
+    assert all((images == 4096).all() for images in pyramid.values())
 
 
 def test_render_hands_out_every_view_once_in_order() -> None:
@@ -153,7 +209,7 @@ def test_render_hands_out_every_view_once_in_order() -> None:
     batches = list(render(np.zeros((2, 2, 2), np.float32), np.eye(4), views, Detector(1024, 0.4), [1024, 512], azimuth))
     assert len(batches) > 1
     for size in (1024, 512):
-        assert np.concatenate([images[size][:, 0, 0] for images, _ in batches]).tolist() == list(range(40))
+        assert np.concatenate([images[size][:, 0, 0] for images in batches]).tolist() == list(range(40))
 
 
 def test_json_lists_in_ct_attributes(path: Path) -> None:

@@ -1,7 +1,9 @@
 """The command line: text in, one call into the library, one clear line out. Heavy imports wait until a command runs."""
 
+import os
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -19,11 +21,22 @@ app = typer.Typer(
 
 def main() -> None:
     """Exit code 0: done. 1: some of the work was refused, each refusal with its line. 2: bad input, one line."""
+    sys.excepthook, sys.unraisablehook = _report_bug, lambda _: None
     try:
-        app()
-    except (InputError, OSError) as error:
+        typer.main.get_command(app)()  # app() would set an excepthook of its own
+    except InputError as error:
         print(f"drrgen: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        # after a failed write HDF5 may crash when Python takes its objects apart, so Python does not
+        print(f"drrgen: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Traces are for bugs. On a full disk every HDF5 object prints one when it goes; `main` has said it in one line."""
+    if not issubclass(kind, OSError):
+        sys.__excepthook__(kind, error, trace)
 
 
 @app.command()
@@ -81,15 +94,19 @@ def validate(shards: Annotated[list[Path], typer.Argument(help="Shard files.")])
     """Check shards against every MUST of the schema, checksums and pyramid included; exit code 1 where one fails."""
     from drrgen.shards import violations
 
-    num_bad = 0
+    exit_code = 0
     for path in shards:
-        found = violations(path)
-        num_bad += bool(found)
+        try:
+            found = violations(path)
+        except InputError as error:
+            print(f"drrgen: {error}", file=sys.stderr)
+            exit_code = 2
+            continue
         print(f"{path}: {'ok' if not found else f'{len(found)} violations'}")
         for line in found:
             print(f"  {line}")
-    if num_bad:
-        sys.exit(1)
+        exit_code = max(exit_code, int(bool(found)))
+    sys.exit(exit_code)
 
 
 @app.command()

@@ -1,6 +1,11 @@
 """DICOM CT in and out: files to series by tags, series to volumes by positions; nobody else reads CT files."""
 
+import math
 import os
+import shutil
+import struct
+import uuid
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,12 +34,22 @@ COSINE_TOLERANCE = 1e-3
 
 # More than any CT has: files that claim more are refused before memory is allocated.
 MAX_SIDE = 4096
-MAX_VOXELS = 2_000_000_000
+MAX_VOXELS = 1_000_000_000
+# Between pixels, or between slices, of anything that is a CT of a person.
+SPACING_MM = (0.05, 20.0)
+# A gap longer than this is no missing slice but one that belongs elsewhere.
+MAX_GAP_MM = 200.0
 
 _TAGS = (
-    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID Manufacturer ConvolutionKernel KVP "
+    "SOPClassUID StudyInstanceUID SeriesInstanceUID PatientID Manufacturer ConvolutionKernel KVP "
     "SliceThickness ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns"
 ).split()
+
+# What pydicom raises on damaged or hostile files. It decodes values when they are first looked at.
+_DAMAGE = (
+    *(AttributeError, EOFError, InvalidDicomError, KeyError, NotImplementedError, OSError, OverflowError),
+    *(RuntimeError, TypeError, ValueError, struct.error),
+)
 
 
 class SeriesRejected(InputError):
@@ -58,69 +73,110 @@ class Slice:
 
 @dataclass(frozen=True)
 class Series:
-    """The CT slices that share a SeriesInstanceUID, in no order; `missing_tags` counts files without a geometry."""
+    """The CT slices that share a SeriesInstanceUID, in no order.
 
-    origin: Origin
+    incomplete: its files that lack a position, orientation, spacing or size. damaged: unreadable DICOM files in its
+    own folder, so probably slices of it. origins: more than one where its files disagree whose they are.
+    """
+
+    origins: tuple[Origin, ...]
     slices: tuple[Slice, ...]
-    missing_tags: int
+    incomplete: tuple[Path, ...] = ()
+    damaged: tuple[Path, ...] = ()
+
+    @property
+    def origin(self) -> Origin:
+        return self.origins[0]
 
 
 def find_series(directory: Path) -> list[Series]:
     """All CT Image Storage series below a folder, in any layout and by tags alone, sorted by patient and series.
 
-    Other files (CR and DX, XML, licences) are passed over. Raises InputError where the folder holds no CT slice.
+    Other files (CR and DX, XML, licences) and hidden folders are passed over. Unreadable DICOM files count to the
+    series that has their folder for itself; where there is none, they are a series of an unknown patient. Raises
+    InputError where there is no CT slice.
     """
     if not directory.is_dir():
         raise InputError(f"--ct-dir {directory}: there is no such folder")
-    groups: dict[str, list[pydicom.Dataset]] = defaultdict(list)
-    for header in _ct_headers(directory):
-        groups[str(header.get("SeriesInstanceUID", ""))].append(header)
-    if not groups:
+    files: dict[str, list[tuple[Path, Origin, Slice | None]]] = defaultdict(list)
+    damaged: dict[Path, list[Path]] = defaultdict(list)
+    for path in _dicom_files(directory):
+        try:
+            with _silent():
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+                if header.SOPClassUID == CTImageStorage:
+                    origin = _origin(header)
+                    files[origin.series_uid].append((path, origin, _slice(path, header)))
+        except _DAMAGE:
+            damaged[path.parent].append(path)
+
+    series_of_folder: dict[Path, set[str]] = defaultdict(set)
+    for uid, group in files.items():
+        for path, _, _ in group:
+            series_of_folder[path.parent].add(uid)
+    damaged_of_series: dict[str, list[Path]] = defaultdict(list)
+    for folder, paths in damaged.items():
+        owners = series_of_folder[folder]
+        damaged_of_series[owners.pop() if len(owners) == 1 else ""].extend(paths)
+
+    found = []
+    for uid in files.keys() | damaged_of_series.keys():
+        group = files[uid]
+        # manufacturer, kernel and the like may vary within a series; whose scan it is may not
+        origins = {(origin.patient_id, origin.study_uid): origin for _, origin, _ in group}
+        found.append(
+            Series(
+                origins=tuple(origins.values()) or (Origin("unknown", "", ""),),
+                slices=tuple(one for _, _, one in group if one is not None),
+                incomplete=tuple(path for path, _, one in group if one is None),
+                damaged=tuple(damaged_of_series[uid]),
+            )
+        )
+    if not found:
         raise InputError(f"--ct-dir {directory}: no DICOM CT slice in there; point it at a folder of CT series")
-    series = [_series(headers) for headers in groups.values()]
-    return sorted(series, key=lambda one: (one.origin.patient_id, one.origin.series_uid))
+    return sorted(found, key=lambda one: (one.origin.patient_id, one.origin.series_uid))
 
 
-def _ct_headers(directory: Path) -> Iterator[pydicom.Dataset]:
+def _silent() -> warnings.catch_warnings:
+    """pydicom warns of every value that breaks DICOM's rules; what matters here is checked, and refused in one line."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def _dicom_files(directory: Path) -> Iterator[Path]:
+    """Regular files with DICOM's mark at byte 128; links are not followed."""
     for folder, folders, names in os.walk(directory, followlinks=False):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
             if path.is_symlink() or not path.is_file():
                 continue
-            try:
-                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
-            except (InvalidDicomError, EOFError):
-                continue
-            if header.get("SOPClassUID") == CTImageStorage:
-                yield header
+            with path.open("rb") as file:
+                if file.read(132)[128:] == b"DICM":
+                    yield path
 
 
-def _series(headers: list[pydicom.Dataset]) -> Series:
-    slices = [one for one in map(_slice, headers) if one is not None]
-    first = headers[0]
-    origin = Origin(
-        patient_id=str(first.get("PatientID") or "unknown"),
-        study_uid=str(first.get("StudyInstanceUID") or ""),
-        series_uid=str(first.get("SeriesInstanceUID") or ""),
-        manufacturer=_text(first.get("Manufacturer")),
-        kernel=_text(first.get("ConvolutionKernel")),
-        kvp=_number(first.get("KVP")),
-        slice_thickness_mm=_number(first.get("SliceThickness")),
+def _origin(header: pydicom.Dataset) -> Origin:
+    return Origin(
+        patient_id=_text(header.get("PatientID")) or "unknown",
+        study_uid=_text(header.get("StudyInstanceUID")) or "",
+        series_uid=_text(header.get("SeriesInstanceUID")) or "",
+        manufacturer=_text(header.get("Manufacturer")),
+        kernel=_text(header.get("ConvolutionKernel")),
+        kvp=_number(header.get("KVP")),
+        slice_thickness_mm=_number(header.get("SliceThickness")),
     )
-    return Series(origin, tuple(slices), missing_tags=len(headers) - len(slices))
 
 
-def _slice(header: pydicom.Dataset) -> Slice | None:
+def _slice(path: Path, header: pydicom.Dataset) -> Slice | None:
     try:
         return Slice(
-            path=Path(str(header.filename)),
+            path=path,
             position_mm=_vector(header.ImagePositionPatient, 3),
             orientation=_vector(header.ImageOrientationPatient, 6),
             spacing_mm=_vector(header.PixelSpacing, 2),
             shape=(int(header.Rows), int(header.Columns)),
         )
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, OverflowError, TypeError, ValueError):
         return None
 
 
@@ -132,14 +188,16 @@ def _vector(values: object, length: int) -> tuple[float, ...]:
 
 
 def _text(value: object) -> str | None:
-    return str(value) if value else None
+    """A tag's text as far as it can be printed on one line; DICOM allows such texts (LO, UI) 64 characters."""
+    return "".join(letter for letter in str(value or "") if letter.isprintable())[:64] or None
 
 
 def _number(value: object) -> float | None:
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = float(value)  # type: ignore[arg-type]
+    except (OverflowError, TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def read(series: Series) -> Volume:
@@ -158,8 +216,14 @@ def read(series: Series) -> Volume:
 def _grid(series: Series) -> tuple[list[Slice], NDArray[np.float64]]:
     """The slices by position, and world_from_voxel [4, 4]: DICOM PS3.3 C.7.6.2.1-1 with the positions' own step."""
     slices = series.slices
-    if series.missing_tags:
-        raise SeriesRejected("missing-tags", f"{series.missing_tags} files lack position, orientation or spacing")
+    if series.damaged:
+        raise SeriesRejected("unreadable-file", f"{series.damaged[0]} is DICOM, but cannot be read: get it again")
+    if not series.origin.series_uid:
+        raise SeriesRejected("missing-tags", f"{len(slices)} CT slices have no SeriesInstanceUID")
+    if series.incomplete:
+        raise SeriesRejected("missing-tags", f"{series.incomplete[0]} lacks position, orientation, spacing or size")
+    if len(series.origins) > 1:
+        raise SeriesRejected("mixed-patient", "files of different patients or studies share one SeriesInstanceUID")
     if len(slices) < 2:
         raise SeriesRejected("too-few-slices", f"{len(slices)} slice is no volume")
     if any(one.shape != slices[0].shape for one in slices):
@@ -170,7 +234,9 @@ def _grid(series: Series) -> tuple[list[Slice], NDArray[np.float64]]:
     if np.ptp(orientations, axis=0).max() > COSINE_TOLERANCE:
         raise SeriesRejected("mixed-orientation", "slices of different orientation share one SeriesInstanceUID")
     spacings = np.array([one.spacing_mm for one in slices])
-    if np.ptp(spacings, axis=0).max() > STEP_TOLERANCE * spacings.min() or spacings.min() <= 0:
+    if not (SPACING_MM[0] <= spacings.min() and spacings.max() <= SPACING_MM[1]):
+        raise SeriesRejected("absurd-size", f"PixelSpacing of {spacings.min():g} to {spacings.max():g} mm")
+    if np.ptp(spacings, axis=0).max() > STEP_TOLERANCE * spacings.min():
         raise SeriesRejected("mixed-spacing", "slices of different PixelSpacing share one SeriesInstanceUID")
 
     along_row, along_column = orientations[0, :3], orientations[0, 3:]
@@ -203,11 +269,13 @@ def _check_steps(steps: NDArray[np.float64], step: float) -> None:
         raise SeriesRejected(
             "duplicate-position", f"{int((steps < STEP_TOLERANCE_MM).sum())} slices lie on another one"
         )
-    odd = np.abs(steps - step) > tolerance
-    if not odd.any():
+    if (np.abs(steps - step) <= tolerance).all():
+        if step > SPACING_MM[1]:
+            raise SeriesRejected("absurd-size", f"steps of {step:g} mm between slices")
         return
     whole = np.rint(steps / step)
-    if (np.abs(steps - whole * step) <= np.maximum(whole, 1) * tolerance).all() and whole.min() >= 1:
+    regular = np.abs(steps - whole * step) <= np.maximum(whole, 1) * tolerance
+    if regular.all() and whole.min() >= 1 and steps.max() <= MAX_GAP_MM:
         raise SeriesRejected("missing-slices", f"{int((whole - 1).sum())} slices are missing between the others")
     raise SeriesRejected("non-uniform-spacing", f"steps of {steps.min():.3f} to {steps.max():.3f} mm between slices")
 
@@ -215,19 +283,27 @@ def _check_steps(steps: NDArray[np.float64], step: float) -> None:
 def _hounsfield(one: Slice) -> NDArray[np.int16]:
     """One slice in HU, [row, column], clamped to HU_CLAMP."""
     try:
-        dataset = pydicom.dcmread(one.path)
-        if dataset.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
-            raise ValueError("the deflated transfer syntax is not accepted")
-        if dataset.file_meta.TransferSyntaxUID.is_compressed:
-            hu = _decompressed(one.path)
-        else:
-            stored = dataset.pixel_array
-            hu = stored * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
-        if hu.shape != one.shape:
-            raise ValueError(f"{hu.shape} pixels instead of {one.shape}")
-    except (ValueError, AttributeError, EOFError, InvalidDicomError, NotImplementedError, RuntimeError) as error:
+        with _silent():
+            return _decoded(one)
+    except _DAMAGE as error:
         reason = " ".join(str(error).split())
         raise SeriesRejected("undecodable-file", f"{one.path}: {reason}") from error
+
+
+def _decoded(one: Slice) -> NDArray[np.int16]:
+    dataset = pydicom.dcmread(one.path)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    slope, intercept = _number(dataset.get("RescaleSlope")), _number(dataset.get("RescaleIntercept"))
+    if syntax == DeflatedExplicitVRLittleEndian:
+        raise ValueError("the deflated transfer syntax is not accepted")
+    if dataset.BitsAllocated != 16 or dataset.SamplesPerPixel != 1 or dataset.get("NumberOfFrames", 1) != 1:
+        raise ValueError("not one frame of one 16-bit sample per pixel")
+    # both are required of a CT (PS3.3 C.8.2.1); guessing them would shift every value
+    if slope is None or intercept is None or slope <= 0:
+        raise ValueError("RescaleSlope and RescaleIntercept are not two finite numbers, the slope above 0")
+    hu = _decompressed(one.path) if syntax.is_compressed else dataset.pixel_array * slope + intercept
+    if hu.shape != one.shape:
+        raise ValueError(f"{hu.shape} pixels instead of {one.shape}")
     return np.rint(np.clip(hu, *HU_CLAMP)).astype(np.int16)
 
 
@@ -235,15 +311,27 @@ def _decompressed(path: Path) -> NDArray[np.float64]:
     """JPEG, JPEG-LS and JPEG 2000 through SimpleITK's GDCM, which applies slope and intercept itself."""
     import SimpleITK
 
-    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[0].astype(np.float64)
+    (image,) = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    return image.astype(np.float64)
 
 
 def write_series(directory: Path, volume: Volume, series_description: str) -> None:
     """Write a volume as uncompressed CT Image Storage files `1-001.dcm` ..., the topmost slice first.
 
-    The directory is made. UIDs of the instances follow from the series UID, so the same volume gives the same bytes.
+    The directory appears when it is whole, and replaces one of its name. UIDs of the instances follow from the series
+    UID, so the same volume gives the same bytes. HU are clamped to HU_CLAMP, as in reading.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.tmp-{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        _write_slices(partial, volume, series_description)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_slices(directory: Path, volume: Volume, series_description: str) -> None:
     num_slices, rows, columns = volume.hu.shape
     affine, spacing, origin = volume.world_from_voxel, volume.spacing_mm, volume.origin
     meta = FileMetaDataset()
@@ -276,5 +364,5 @@ def write_series(directory: Path, volume: Volume, series_description: str) -> No
         meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = uid
         file.InstanceNumber = number
         file.ImagePositionPatient = [f"{value:.8g}" for value in affine[:3, 2] * k + affine[:3, 3]]
-        file.PixelData = (volume.hu[k].astype(np.int32) - HU_CLAMP[0]).astype("<u2").tobytes()
+        file.PixelData = (np.clip(volume.hu[k], *HU_CLAMP).astype(np.int32) - HU_CLAMP[0]).astype("<u2").tobytes()
         file.save_as(directory / f"1-{number:03d}.dcm", enforce_file_format=True)

@@ -9,21 +9,22 @@ from drrgen.errors import InputError
 
 Angles = tuple[NDArray[np.float64], NDArray[np.float64]]
 MAX_VIEWS = 1_000_000
+_ROUNDING_DEG = 1e-9
 _CURE = "use e.g. 5deg (a step that divides 90) or fibonacci:3000"
 
 
 def directions(grid: str, azimuth: str = "-180:180", elevation: str = "-90:90") -> Angles:
     """(azimuth_deg, elevation_deg), each [V], of a grid such as `5deg`, cut to two ranges `low:high`, ends included.
 
-    An azimuth is in its range if it is so after adding a full turn: `90:270` is the half behind the patient. The poles
-    belong to every azimuth range. Raises InputError where the text is no grid or no range, or no view is left.
+    Azimuths count modulo a full turn: `90:270` and `-270:-90` are the half behind the patient. The poles belong to
+    every azimuth range. Raises InputError where the text is no grid or no range, or no view is left.
     """
     azimuth_deg, elevation_deg = _parse(grid)
     (low_a, high_a), (low_e, high_e) = _range("--azimuth", azimuth), _range("--elevation", elevation)
-    inside = (azimuth_deg >= low_a) & (azimuth_deg <= high_a)
-    inside |= (azimuth_deg + 360 >= low_a) & (azimuth_deg + 360 <= high_a)
+    # angles are multiples of a step in binary fractions: 0.3 deg times 300 misses 90 by 1e-14
+    inside = (azimuth_deg - low_a + _ROUNDING_DEG) % 360 <= high_a - low_a + 2 * _ROUNDING_DEG
     inside |= np.abs(elevation_deg) == 90
-    inside &= (elevation_deg >= low_e) & (elevation_deg <= high_e)
+    inside &= (elevation_deg >= low_e - _ROUNDING_DEG) & (elevation_deg <= high_e + _ROUNDING_DEG)
     if not inside.any():
         raise InputError(
             f"--grid {grid} has no view with azimuth {azimuth} and elevation {elevation}: widen the ranges"
@@ -32,9 +33,9 @@ def directions(grid: str, azimuth: str = "-180:180", elevation: str = "-90:90") 
 
 
 def _parse(grid: str) -> Angles:
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)deg", grid):
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)deg", grid):
         return _latitudes(grid, float(match[1]))
-    if match := re.fullmatch(r"fibonacci:(\d{1,7})", grid):
+    if match := re.fullmatch(r"fibonacci:([0-9]{1,7})", grid):
         num_views = int(match[1])
         if 2 <= num_views <= MAX_VIEWS:
             return _fibonacci(num_views)
@@ -67,7 +68,7 @@ def _fibonacci(num_views: int) -> Angles:
 
 
 def _range(option: str, text: str) -> tuple[float, float]:
-    number = r"([+-]?\d+(?:\.\d+)?)"
+    number = r"([+-]?[0-9]+(?:\.[0-9]+)?)"
     match = re.fullmatch(f"{number}:{number}", text)
     if match is None or float(match[1]) > float(match[2]):
         raise InputError(f"{option} {text!r} is no range: use low:high in degrees, e.g. -90:90")

