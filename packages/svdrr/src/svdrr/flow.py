@@ -12,7 +12,7 @@ NUM_TIMESTEPS = 1000
 
 
 def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """[count] in (0, 1): logit-normal (Esser et al., eq. 19 with m = 0, s = 1), then shifted towards the noise (eq. 23).
+    """[count] in (0, 1): logit-normal (Esser et al., eq. 19, m = 0 and s = 1), then shifted to the noise (eq. 23).
 
     A larger image needs more noise to be hidden equally well; their rule for `shift` is the square root of the ratio
     of token counts.

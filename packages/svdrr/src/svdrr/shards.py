@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -37,16 +38,26 @@ class Shard:
     def __len__(self) -> int:
         return len(self.azimuth_deg)
 
-    def images(self, size: int, views: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """Line integrals [views, size, size] of the given views (all of them by default), each checked by its CRC.
-
-        Raises InputError where the level is missing or an image is damaged.
-        """
+    def check_level(self, size: int) -> None:
+        """Raises InputError where the shard has no images of this size."""
         if size not in self.levels:
             stored = ", ".join(map(str, self.levels))
             raise InputError(
                 f"{self.path} has images of {stored} pixels, not {size}: render it again with {size} among --levels"
             )
+
+    def nearest_view(self, azimuth_deg: float, elevation_deg: float) -> int:
+        """The index of the view whose direction is nearest to these angles."""
+        a, b = np.deg2rad(elevation_deg), np.deg2rad(self.elevation_deg)
+        away = np.deg2rad(self.azimuth_deg - azimuth_deg)
+        return int((np.sin(a) * np.sin(b) + np.cos(a) * np.cos(b) * np.cos(away)).argmax())
+
+    def images(self, size: int, views: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Line integrals [views, size, size] of the given views (all of them by default), each checked by its CRC.
+
+        Raises InputError where the level is missing or an image is damaged.
+        """
+        self.check_level(size)
         wanted = range(len(self)) if views is None else views
         try:
             with h5py.File(self.path) as file:
@@ -132,15 +143,13 @@ def _checked(path: Path, file: h5py.File) -> Shard:
     )
 
 
-def _attribute(node: h5py.Group | h5py.Dataset, name: str) -> object:
+def _attribute(node: h5py.Group | h5py.Dataset, name: str) -> Any:
     if name not in node.attrs:
         raise KeyError(f"attribute {name} of {node.name} is missing")
     return node.attrs[name]
 
 
-def _dataset(
-    path: Path, file: h5py.File, name: str, dtype: type, shape: tuple[int | None, ...]
-) -> h5py.Dataset:
+def _dataset(path: Path, file: h5py.File, name: str, dtype: type, shape: tuple[int | None, ...]) -> h5py.Dataset:
     if name not in file:
         raise KeyError(f"dataset {name} is missing")
     dataset = file[name]

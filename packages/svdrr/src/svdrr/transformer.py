@@ -11,9 +11,9 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from svdrr.pose import POSE_FEATURES
+from svdrr.pose import POSE_FEATURES, Views, pose_features, ray_map
 
 RAY_CHANNELS = 6
 TIME_FEATURES = 256
@@ -38,16 +38,12 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         head_dim: int = 64,
     ) -> None:
         super().__init__()
-        width = num_heads * head_dim
-        self.patch = nn.Conv2d(latent_channels, width, patch_size, patch_size)
+        width, area = num_heads * head_dim, patch_size**2
+        self.patch = nn.Linear(area * latent_channels, width)
         # the second stream and the rays start silent, and are learned as far as they help
-        self.patch_condition = _zeroed(
-            nn.Conv2d(latent_channels + 2 * RAY_CHANNELS, width, patch_size, patch_size, bias=False)
-        )
+        self.patch_condition = _zeroed(nn.Linear(area * (latent_channels + 2 * RAY_CHANNELS), width, bias=False))
         self.source_stem = nn.Sequential(
-            nn.Conv2d(latent_channels + RAY_CHANNELS, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, width, patch_size, patch_size),
+            nn.Linear(area * (latent_channels + RAY_CHANNELS), width), nn.SiLU(), nn.Linear(width, width)
         )
         self.source_norm = nn.LayerNorm(width)
         self.pose_token = nn.Sequential(nn.Linear(POSE_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
@@ -61,7 +57,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.final_modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.final = _zeroed(nn.Linear(width, patch_size**2 * latent_channels))
+        self.final = _zeroed(nn.Linear(width, area * latent_channels))
 
     def forward(
         self,
@@ -83,17 +79,17 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         position = position_code(rows, columns, self.null_token.shape[0], hidden_states.device)
 
         # stream 1: tokens of the source and of the pose, for cross-attention
-        source = self.source_stem(torch.cat([source_latent, source_rays], dim=1))
-        source = self.source_norm(source.flatten(2).mT) + position
+        source = self.source_stem(self._patches(torch.cat([source_latent, source_rays], dim=1)))
+        source = self.source_norm(source) + position
         if drop_source is not None:
             source = torch.where(drop_source[:, None, None], self.null_token, source)
-            source_latent = torch.where(drop_source[:, None, None, None], self.null_latent[:, None, None], source_latent)
+            null_latent = self.null_latent[:, None, None]
+            source_latent = torch.where(drop_source[:, None, None, None], null_latent, source_latent)
         context = torch.cat([source, self.pose_token(pose)[:, None]], dim=1)
 
         # stream 2: the source latent beside the noisy one, with the rays of both views
-        condition = torch.cat([source_latent, source_rays, target_rays], dim=1)
-        tokens = self.patch(hidden_states) + self.patch_condition(condition)
-        tokens = tokens.flatten(2).mT + position
+        beside = torch.cat([source_latent, source_rays, target_rays], dim=1)
+        tokens = self.patch(self._patches(hidden_states)) + self.patch_condition(self._patches(beside)) + position
 
         # time and pose set the scales of every block
         embedding = self.time_embedding(time_code(timestep)) + self.pose_embedding(pose)
@@ -103,14 +99,31 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
         shift, scale = (self.final_modulation + embedding[:, None]).unbind(dim=1)
         tokens = self.final(_modulated(self.final_norm(tokens), shift, scale))
-        patches = tokens.mT.unflatten(2, (rows, columns))
-        residual = F.pixel_shuffle(patches, self.config.patch_size)
+        residual = functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.config.patch_size)
 
         # For data of unit variance the best linear guess of the velocity is known in closed form; the network only
         # has to find the rest, which has the size `spread` (Karras et al. 2022, eq. 7, for the straight path).
         sigma = (timestep / NUM_TIMESTEPS)[:, None, None, None]
         variance = (1 - sigma) ** 2 + sigma**2
         return (2 * sigma - 1) / variance * hidden_states + variance**-0.5 * residual
+
+    def _patches(self, image: Tensor) -> Tensor:
+        """[B, C, h, w] to tokens [B, h w / patch_size^2, C patch_size^2]."""
+        return functional.pixel_unshuffle(image, self.config.patch_size).flatten(2).mT
+
+
+def condition(source_latent: Tensor, source: Views, target: Views, size: int) -> dict[str, Tensor]:
+    """What training and sampling tell the transformer besides the noisy latent: keywords of its `forward`.
+
+    source_latent: [B, C, h, w], of images of `size` pixels; source, target: their B views.
+    """
+    cells, dtype = source_latent.shape[-1], source_latent.dtype
+    return {
+        "source_latent": source_latent,
+        "source_rays": ray_map(source, cells).to(dtype),
+        "target_rays": ray_map(target, cells).to(dtype),
+        "pose": pose_features(source, target, size).to(dtype),
+    }
 
 
 class Block(nn.Module):
@@ -151,12 +164,12 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
         query = self.query(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         key, value = self.key_value(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value)
+        mixed = functional.scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def position_code(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Fixed sines and cosines of each token's place in the image, [rows * columns, width], the same at any resolution."""
+    """Sines and cosines of each token's place in the image, [rows * columns, width]; the same at any resolution."""
     frequency = 100.0 ** -(torch.arange(width // 4, device=device) * 4 / width)
     row = (torch.arange(rows, device=device) + 0.5) / rows * POSITION_SPAN
     column = (torch.arange(columns, device=device) + 0.5) / columns * POSITION_SPAN
@@ -178,7 +191,7 @@ def _modulated(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return tokens * (1 + scale[:, None]) + shift[:, None]
 
 
-def _zeroed[Layer: nn.Module](layer: Layer) -> Layer:
+def _zeroed(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -8,7 +8,6 @@ import hashlib
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.nn import functional as F
 
 HALF_RANGE = 4.0
 """The line integral that becomes 0; twice as much becomes 1. A chest's is 8 or less but for a few saturated pixels."""

@@ -1,0 +1,5 @@
+"""`python -m svdrr` is `svdrr`."""
+
+from svdrr.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""The state of a training run as one safetensors file: written whole or not at all, and read back bit for bit."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from svdrr.errors import InputError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is needed to go on: `step` steps of `stage` are done. tensors: by flat name, 'model/...', 'ema/...', ..."""
+
+    stage: str
+    step: int
+    tensors: dict[str, Tensor]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part, such as 'ema', by their names within it."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def state(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that a training step changes, by flat name. The optimizer's moments carry their parameter's name."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"ema/{name}": tensor for name, tensor in ema.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer/{moment}/{name}": tensor for moment, tensor in moments.items()}
+    return tensors
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the state back into a model, its average and an optimizer that were built the same way."""
+    model.load_state_dict(checkpoint.part("model"))
+    ema.load_state_dict(checkpoint.part("ema"))
+    parameters = dict(model.named_parameters())
+    for key, stored in checkpoint.part("optimizer").items():
+        moment, name = key.split("/", maxsplit=1)
+        parameter = parameters[name]
+        # clone: tensors of a mapped file need not be aligned, and alignment may decide the last bit of a sum
+        optimizer.state[parameter][moment] = stored.clone().to(parameter.device if stored.ndim else "cpu")
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes the checkpoint beside older ones, of which `keep` - 1 stay. Raises InputError where the disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = 1 + max((_order(path) for path in folder.glob("*.safetensors")), default=0)
+    path = folder / f"{order:06d}-{checkpoint.stage}-{checkpoint.step:07d}.safetensors"
+    partial = folder / "partial"
+    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    try:
+        save_file(tensors, partial, metadata={"stage": checkpoint.stage, "step": str(checkpoint.step)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {path} ({error}): the previous checkpoint is intact, so make room and run the same command"
+        ) from error
+    for old in sorted(folder.glob("*.safetensors"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of the folder; None where there is none. Raises InputError where it cannot be read."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        return None
+    try:
+        with safe_open(paths[-1], framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{paths[-1]} is damaged ({error}): delete it to go on from the one before") from error
+    return Checkpoint(stage=metadata["stage"], step=int(metadata["step"]), tensors=tensors)
+
+
+def _order(path: Path) -> int:
+    return int(path.name.split("-")[0])

@@ -1,0 +1,69 @@
+"""The command line: text in, one call. Heavy imports wait inside the commands, so that --help is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svdrr.errors import InputError
+
+app = typer.Typer(
+    help="One X-ray in, the view from any other direction out. Research only: never for diagnosis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command("train")
+def train_command(
+    shards: Annotated[Path, typer.Option(help="Folder of shards, as `drrgen render` writes it.")] = Path("shards"),
+    preset: Annotated[str, typer.Option(help="The recipe: toy.")] = "toy",
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/<date>-<preset> by default.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Save and stop after this time.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
+) -> None:
+    """Train a model on shards. The same command goes on where a run was stopped."""
+    import json
+
+    from svdrr import presets
+
+    config = presets.preset(preset, seed)
+    if dry_run:
+        typer.echo(json.dumps(config.to_json(), indent=2))
+        return
+    from svdrr.train import train
+
+    train(config, shards, out, max_minutes)
+
+
+@app.command("sample")
+def sample_command(
+    image: Annotated[Path, typer.Option(help="The X-ray, PNG or JPEG.")],
+    theta: Annotated[float, typer.Option(help="Azimuth of the view to make, degrees: 90 is the left lateral.")],
+    phi: Annotated[float, typer.Option(help="Its elevation, degrees: up is cranial.")] = 0.0,
+    model: Annotated[Path | None, typer.Option(help="A run of `svdrr train`; runs/latest by default.")] = None,
+    source_theta: Annotated[float, typer.Option(help="Azimuth of the given X-ray: 0 is PA.")] = 0.0,
+    source_phi: Annotated[float, typer.Option(help="Its elevation.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the noise that the view starts from.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="How many views, of seeds counting up.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="The PNG to write; named after image and angles by default.")] = None,
+) -> None:
+    """Synthesise the view from another direction, as 16-bit PNG."""
+    from svdrr.sample import WARNING, sample
+
+    for path in sample(image, (theta, phi), (source_theta, source_phi), model, seed, samples, out):
+        typer.echo(path)
+    typer.echo(f"{WARNING}: research use only, an estimate and not an acquired view", err=True)
+
+
+def main() -> None:
+    """The entry point: bad input is one line on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"svdrr: {error}", file=sys.stderr)
+        sys.exit(2)

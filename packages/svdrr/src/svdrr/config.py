@@ -1,0 +1,90 @@
+"""What decides the weights of a run, as frozen values that go to JSON and back; nothing below the loop takes these."""
+
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+from svdrr.errors import InputError
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder and its training. block_channels: each block but the last halves the side. crop: in pixels."""
+
+    latent_channels: int
+    block_channels: tuple[int, ...]
+    layers_per_block: int
+    kl_weight: float
+    crop: int
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The ViewTransformer's shape."""
+
+    patch_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One resolution of the weak-to-strong training. shift: of the noise levels, see flow.draw_sigmas."""
+
+    size: int
+    steps: int
+    batch: int
+    learning_rate: float
+    shift: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}px"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    preset: str
+    seed: int
+    vae: VAEConfig
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    pa_fraction: float  # of the source views; the others are any view
+    drop_source: float  # fraction of samples trained on the null condition, for guidance
+    warmup_steps: int  # of every stage
+    weight_decay: float
+    clip_norm: float
+    ema_decay: float
+    mixed_precision: str  # "no" or "bf16"
+    log_every: int
+    validate_every: int
+    validation_pairs: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The config again. Raises InputError at a key that is missing or unknown, naming it."""
+        return _build(cls, values, "config")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        names = {field.name for field in fields(kind)}
+        for problem, keys in (("unknown", set(value) - names), ("missing", names - set(value))):
+            if keys:
+                raise InputError(f"{where}: {problem} {', '.join(sorted(keys))}; it was written by another svdrr")
+        hints = get_type_hints(kind)
+        return cast(Any, kind)(**{name: _build(hints[name], value[name], f"{where}.{name}") for name in names})
+    if get_origin(kind) is tuple:
+        return tuple(_build(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    return value

@@ -1,0 +1,88 @@
+"""Which patients are trained on, and which pairs of their views a training step sees; all of it repeatable."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svdrr.errors import InputError
+from svdrr.pose import Views
+from svdrr.shards import Shard
+from svdrr.transformer import condition
+
+
+def split(patient_id: str) -> str:
+    """'train', 'val' or 'test', by the patient's name alone (docs/shard-schema.md, Splits)."""
+    h = int(hashlib.sha256(f"drr-sphere:{patient_id}".encode()).hexdigest()[:8], 16) / 2**32
+    return "train" if h < 0.8 else "val" if h < 0.9 else "test"
+
+
+def training_shards(shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
+    """(train, val) shards. Raises InputError where there is nothing to train on, or nothing to hold out."""
+    patients = sorted({shard.patient_id for shard in shards})
+    if len(patients) == 1:
+        raise InputError(f"one patient only ({patients[0]}): a model is judged on others, so render more patients")
+    train = [shard for shard in shards if split(shard.patient_id) == "train"]
+    if not train:
+        raise InputError(f"none of the {len(patients)} patients falls into the training split: render more patients")
+    return train, [shard for shard in shards if split(shard.patient_id) == "val"]
+
+
+def step_seed(seed: int, stage: str, step: int) -> int:
+    """Where everything random in one training step starts from: a resumed run draws what an unbroken one does."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()[:8])
+
+
+class Pairs(NamedTuple):
+    """A batch of B (source view, target view) of one shard each; indices [B]."""
+
+    shard: NDArray[np.int64]
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+
+
+def draw_pairs(shards: Sequence[Shard], count: int, pa_fraction: float, seed: int) -> Pairs:
+    """`count` pairs: patients equally often, the source PA in this fraction and else any view, the target any view."""
+    by_patient = defaultdict(list)
+    for index, shard in enumerate(shards):
+        by_patient[shard.patient_id].append(index)
+    series = list(by_patient.values())
+
+    rng = np.random.default_rng(seed)
+    pairs = Pairs(*np.zeros((3, count), dtype=np.int64))
+    for row in range(count):
+        of_patient = series[rng.integers(len(series))]
+        pairs.shard[row] = of_patient[rng.integers(len(of_patient))]
+        shard = shards[pairs.shard[row]]
+        pa = rng.random() < pa_fraction
+        pairs.source[row] = shard.nearest_view(0, 0) if pa else rng.integers(len(shard))
+        pairs.target[row] = rng.integers(len(shard))
+    return pairs
+
+
+class Batch(NamedTuple):
+    """What the transformer learns from: target latents [B, C, h, w], and its condition on source and poses."""
+
+    target_latent: Tensor
+    condition: dict[str, Tensor]
+
+
+def gather(shards: Sequence[Shard], latents: Sequence[NDArray], pairs: Pairs, size: int, device: torch.device) -> Batch:
+    """The pairs' latents and geometry; latents: [V, C, h, w] of each shard, of its images of `size` pixels."""
+
+    def pick(view: NDArray[np.int64]) -> Tensor:
+        rows = [latents[s][v] for s, v in zip(pairs.shard, view, strict=True)]
+        return torch.from_numpy(np.stack(rows).astype(np.float32)).to(device)
+
+    def views(view: NDArray[np.int64]) -> Views:
+        rows = []
+        for shard, v in zip((shards[s] for s in pairs.shard), view, strict=True):
+            rows.append((shard.azimuth_deg[v], shard.elevation_deg[v], shard.sdd_mm, shard.sod_mm, shard.detector_mm))
+        return Views(*torch.tensor(rows, dtype=torch.float32, device=device).unbind(dim=1))
+
+    return Batch(pick(pairs.target), condition(pick(pairs.source), views(pairs.source), views(pairs.target), size))

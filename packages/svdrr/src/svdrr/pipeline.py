@@ -1,0 +1,108 @@
+"""From one X-ray to the views from other directions: the model with its scheduler, and the only sampling loop."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from svdrr import vae as autoencoder
+from svdrr.pose import Views
+from svdrr.transformer import ViewTransformer, condition
+
+FILM_PERCENTILES = (1.0, 25.0, 50.0, 75.0, 99.0)
+"""Of a film's grey values, matched to those of the training views from PA: see radiograph.from_film."""
+
+
+@dataclass
+class SVDRROutput(BaseOutput):
+    """line_integrals: [B, 1, N, N], one view per target."""
+
+    line_integrals: Tensor
+
+
+class SVDRRPipeline(DiffusionPipeline):
+    """Synthesises views of a patient from one view.
+
+    size: side in pixels of the images it was trained on last. sdd_mm, sod_mm, detector_mm: the geometry it was trained
+    with. film_line_integrals: the line integrals at FILM_PERCENTILES of the training views from PA.
+
+    Load it by `SVDRRPipeline.from_pretrained(folder)`; the generic `DiffusionPipeline.from_pretrained` does not know
+    this class.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        transformer: ViewTransformer,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        size: int = 128,
+        sdd_mm: float = 1800.0,
+        sod_mm: float = 1640.0,
+        detector_mm: float = 432.0,
+        film_line_integrals: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        self.register_to_config(
+            size=size,
+            sdd_mm=sdd_mm,
+            sod_mm=sod_mm,
+            detector_mm=detector_mm,
+            film_line_integrals=film_line_integrals,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        source: Tensor,
+        source_deg: tuple[float, float],
+        targets_deg: list[tuple[float, float]],
+        sdd_mm: float | None = None,
+        sod_mm: float | None = None,
+        detector_mm: float | None = None,
+        num_inference_steps: int = 16,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> SVDRROutput:
+        """The views at `targets_deg`, B pairs of (azimuth, elevation), from a source view at `source_deg`.
+
+        source: line integrals [1 or B, 1, N, N]. The distances, of source and targets alike, are those of training by
+        default. guidance_scale: 1 samples the model as it is; more pushes away from what the null condition gives.
+        generator: one for all or one per target; a CPU generator gives the same noise on every device.
+        """
+        device = self._execution_device
+        count = len(targets_deg)
+        lengths_mm = (
+            self.config.sdd_mm if sdd_mm is None else sdd_mm,
+            self.config.sod_mm if sod_mm is None else sod_mm,
+            self.config.detector_mm if detector_mm is None else detector_mm,
+        )
+        source_views = _views([source_deg] * count, lengths_mm).to(device)
+        target_views = _views(targets_deg, lengths_mm).to(device)
+
+        source_latent = autoencoder.encode(self.vae, source.to(device, self.vae.dtype)).to(self.transformer.dtype)
+        source_latent = source_latent.expand(count, -1, -1, -1)
+        told = condition(source_latent, source_views, target_views, source.shape[-1])
+        null = torch.ones(count, dtype=torch.bool, device=device)
+
+        latents = randn_tensor(source_latent.shape, generator, device, source_latent.dtype)
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            timesteps = timestep.expand(count)
+            velocity = self.transformer(latents, timesteps, **told)
+            if guidance_scale != 1:
+                without = self.transformer(latents, timesteps, **told, drop_source=null)
+                velocity = without + guidance_scale * (velocity - without)
+            latents = self.scheduler.step(velocity, timestep, latents).prev_sample
+        return SVDRROutput(line_integrals=autoencoder.decode(self.vae, latents.to(self.vae.dtype)))
+
+
+def _views(angles_deg: list[tuple[float, float]], lengths_mm: tuple[float, float, float]) -> Views:
+    rows = torch.tensor([(*angles, *lengths_mm) for angles in angles_deg], dtype=torch.float32)
+    return Views(*rows.unbind(dim=1))

@@ -1,0 +1,54 @@
+"""Recipes: each a function that returns a whole TrainConfig, its docstring the command, the minutes and the score."""
+
+from collections.abc import Callable
+
+from svdrr.config import ModelConfig, StageConfig, TrainConfig, VAEConfig
+from svdrr.errors import InputError
+
+
+def toy(seed: int = 0) -> TrainConfig:
+    """What a laptop can train: 128-pixel views through a 64-pixel stage.
+
+    svdrr train --shards shards --preset toy
+    """
+    return TrainConfig(
+        preset="toy",
+        seed=seed,
+        vae=VAEConfig(
+            latent_channels=4,
+            block_channels=(8, 16, 32),
+            layers_per_block=1,
+            kl_weight=1e-6,
+            crop=64,
+            steps=250,
+            batch=8,
+            learning_rate=4e-3,
+        ),
+        model=ModelConfig(patch_size=2, num_layers=4, num_heads=4, head_dim=32),
+        stages=(
+            StageConfig(size=64, steps=700, batch=16, learning_rate=1e-3, shift=1.0),
+            StageConfig(size=128, steps=150, batch=16, learning_rate=5e-4, shift=2.0),
+        ),
+        pa_fraction=0.5,
+        drop_source=0.05,
+        warmup_steps=50,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        ema_decay=0.99,
+        mixed_precision="no",
+        log_every=10,
+        validate_every=100,
+        validation_pairs=32,
+        checkpoint_every=100,
+        keep_checkpoints=2,
+    )
+
+
+PRESETS: dict[str, Callable[[int], TrainConfig]] = {"toy": toy}
+
+
+def preset(name: str, seed: int) -> TrainConfig:
+    """The recipe of this name. Raises InputError naming the choices where there is none."""
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}: --preset is one of {', '.join(PRESETS)}")
+    return PRESETS[name](seed)

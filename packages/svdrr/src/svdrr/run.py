@@ -1,0 +1,143 @@
+"""A run folder: what is in it, whether a command may go on with it, and which model `sample` means.
+
+- config.json: what decides the weights, the data's digest, and the versions that it was started with
+- checkpoints/: the newest states of training
+- vae/, latents/: the finished autoencoder, and every view encoded by it
+- model/: the finished pipeline
+- log.jsonl: a line per few steps; what was done twice, after a kill, is there twice
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from svdrr.config import TrainConfig
+from svdrr.errors import InputError
+
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+RECORDED_VERSIONS = ("svdrr", "torch", "diffusers", "accelerate")
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.latents = folder / "latents"
+        self.vae = folder / "vae"
+        self.model = folder / "model"
+
+    @property
+    def finished(self) -> bool:
+        return self.model.is_dir()
+
+    def log(self, **values: Any) -> None:
+        """Appends one line to log.jsonl."""
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 1), **values}) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second trainer out. The lock ends with the process, however that ends."""
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another `svdrr train` is at work in {self.folder}: wait for it") from error
+            yield
+
+
+def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
+    """The run that this command is about: `out`, or runs/latest where it is the same, or a new runs/<date>-<preset>.
+
+    Raises InputError where `out` holds another run, naming what differs.
+    """
+    record = {"config": config.to_json(), "data": data_digest}
+    if out is None:
+        if LATEST.is_dir() and not _differences(LATEST, record):
+            return Run(LATEST.resolve().relative_to(Path.cwd()))
+        folder = _new_folder(config.preset)
+    else:
+        folder = out
+        if (folder / "config.json").exists():
+            if differences := _differences(folder, record):
+                raise InputError(f"{folder} holds another run ({'; '.join(differences)}): give another --out")
+            return Run(folder)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and not a run: give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    record["versions"] = {name: version(name) for name in RECORDED_VERSIONS}
+    partial = folder / "config.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(folder / "config.json")
+    if out is None:
+        link = RUNS / "latest.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        link.replace(LATEST)
+    return Run(folder)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, that gets its name when it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    partial.replace(folder)
+
+
+def model_folder(model: Path | None) -> Path:
+    """The pipeline's folder: in this run (by default runs/latest) or itself. Raises InputError where there is none."""
+    folder = LATEST if model is None else model
+    for candidate in (folder / "model", folder):
+        if (candidate / "model_index.json").exists():
+            return candidate
+    if (folder / "config.json").exists():
+        raise InputError(f"the run {folder} is not finished: go on with the same `svdrr train` command")
+    if model is None:
+        raise InputError("no model in runs/latest: train one with `svdrr train --shards shards`, or give --model")
+    raise InputError(f"no model in {folder}: give --model a run of `svdrr train`")
+
+
+def _new_folder(preset: str) -> Path:
+    folder = RUNS / f"{date.today().isoformat()}-{preset}"
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{date.today().isoformat()}-{preset}-{number}"
+    return folder
+
+
+def _differences(folder: Path, record: dict[str, Any]) -> list[str]:
+    """What the run in the folder was started with, against the record; in words, empty where it is the same."""
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        there, here = _flat(stored["config"]), _flat(json.loads(json.dumps(record["config"])))
+        data = stored["data"]
+    except (OSError, ValueError, KeyError):
+        return [f"{folder}/config.json cannot be read"]
+    names = sorted(there.keys() | here.keys())
+    words = [f"its {n} is {there.get(n)}, not {here.get(n)}" for n in names if there.get(n) != here.get(n)]
+    if data != record["data"]:
+        words.append(f"its shards are {data[:12]}, not {record['data'][:12]}")
+    return words
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}.{part}".strip(".")).items()
+    }

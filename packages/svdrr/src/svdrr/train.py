@@ -1,0 +1,302 @@
+"""Shards in, a model out: the autoencoder, its latents, then the transformer from weak to strong resolution.
+
+The same command goes on where a run was stopped, however that happened. On a CPU it ends in the same weights, bit for
+bit: a step depends on nothing but the state before it and on (seed, stage, step).
+"""
+
+import copy
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from svdrr import flow, metrics
+from svdrr import vae as autoencoder
+from svdrr.checkpoint import Checkpoint, latest, restore, save, state
+from svdrr.config import StageConfig, TrainConfig
+from svdrr.data import Batch, draw_pairs, gather, step_seed, training_shards
+from svdrr.errors import InputError
+from svdrr.latents import cache
+from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline
+from svdrr.run import Run, open_run, whole_folder
+from svdrr.shards import Shard, open_folder
+from svdrr.stop import StoppedError, StopRequest
+from svdrr.transformer import ViewTransformer
+
+VAE_STAGE = "vae"
+MEASURED_IMAGES = 128
+"""Training views that the scale of the latents, and the autoencoder's own error, are measured on."""
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max_minutes: float | None = None) -> Path:
+    """Trains to the end, or until the time is over; returns the run's folder.
+
+    Raises InputError for shards that cannot be trained on or an `out` that holds another run, and SystemExit(128 +
+    signal) after a clean stop by SIGINT or SIGTERM.
+    """
+    shards = open_folder(shards_folder)
+    train_shards, val_shards = training_shards(shards)
+    for shard in train_shards + val_shards:
+        for stage in config.stages:
+            shard.check_level(stage.size)
+    run = open_run(config, data_digest(shards), out)
+    if run.finished:
+        print(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.", file=sys.stderr)
+        return run.folder
+    if not val_shards:
+        print(f"none of these {len(shards)} shards is for validation: training goes on without", file=sys.stderr)
+
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise InputError("this version trains in one process: start it without `accelerate launch`")
+    torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # CUDA has none for some of what we use
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly guard
+
+    with run.locked(), StopRequest(max_minutes) as stop:
+        session = Session(config, run, accelerator, stop, train_shards, val_shards)
+        try:
+            checkpoint = latest(run.checkpoints)
+            if not run.vae.is_dir():
+                train_vae(session, checkpoint)
+            vae = AutoencoderKL.from_pretrained(run.vae).to(accelerator.device).requires_grad_(False)
+
+            names = [stage.name for stage in config.stages]
+            begin = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
+            transformer = untrained(config)
+            for stage in config.stages[begin:]:
+                transformer = train_stage(session, stage, vae, transformer, checkpoint)
+            save_pipeline(session, vae, transformer)
+        except StoppedError as stopped:
+            print(f"{stop.reason}, saved at {stopped}: the same command goes on from there", file=sys.stderr)
+            if stop.signal is not None:
+                raise SystemExit(128 + stop.signal) from None
+    return run.folder
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all stages of one run share."""
+
+    config: TrainConfig
+    run: Run
+    accelerator: Accelerator
+    stop: "StopRequest"
+    train_shards: list[Shard]
+    val_shards: list[Shard]
+
+
+def train_vae(session: Session, checkpoint: Checkpoint | None) -> None:
+    """Trains the autoencoder on crops of views of every stage's size, and leaves it in the run's folder `vae`."""
+    settings, shards = session.config.vae, session.train_shards
+    device = session.accelerator.device
+    sizes = [stage.size for stage in session.config.stages]
+
+    def images(size: int, count: int, seed: int) -> Tensor:
+        pairs = draw_pairs(shards, count, pa_fraction=0, seed=seed)
+        views = [shards[s].images(size, [v]) for s, v in zip(pairs.shard, pairs.target, strict=True)]
+        return torch.from_numpy(np.stack(views)).to(device)
+
+    def loss_at(model: nn.Module, step: int) -> Tensor:
+        seed = step_seed(session.config.seed, VAE_STAGE, step)
+        generator = torch.Generator().manual_seed(seed)
+        size = sizes[step % len(sizes)]
+        row, column = torch.randint(max(1, size - settings.crop + 1), (2,), generator=generator).tolist()
+        batch = images(size, settings.batch, seed)[..., row : row + settings.crop, column : column + settings.crop]
+        return autoencoder.loss(model, batch, settings.kl_weight, generator).mean()
+
+    torch.manual_seed(step_seed(session.config.seed, VAE_STAGE, -1))
+    vae = autoencoder.build(settings.latent_channels, settings.block_channels, settings.layers_per_block)
+    vae = fit(session, VAE_STAGE, settings.steps, settings.learning_rate, vae, checkpoint, loss_at, validate=None)
+
+    measured = images(sizes[-1], MEASURED_IMAGES, step_seed(session.config.seed, "measure", 0))
+    with torch.no_grad():
+        autoencoder.measure_latents(vae, measured)
+        decoded = autoencoder.decode(vae, autoencoder.encode(vae, measured))
+    session.run.log(stage=VAE_STAGE, round_trip_psnr=metrics.psnr(decoded.cpu(), measured.cpu()).mean())
+    with whole_folder(session.run.vae) as partial:
+        vae.save_pretrained(partial)
+
+
+def untrained(config: TrainConfig) -> ViewTransformer:
+    """The transformer as the first stage starts with it."""
+    torch.manual_seed(step_seed(config.seed, config.stages[0].name, -1))
+    return ViewTransformer(
+        latent_channels=config.vae.latent_channels,
+        patch_size=config.model.patch_size,
+        num_layers=config.model.num_layers,
+        num_heads=config.model.num_heads,
+        head_dim=config.model.head_dim,
+    )
+
+
+def train_stage(
+    session: Session,
+    stage: StageConfig,
+    vae: AutoencoderKL,
+    start: ViewTransformer,
+    checkpoint: Checkpoint | None,
+) -> ViewTransformer:
+    """Trains the transformer at one size, from the weights of `start`; returns their average."""
+    config, device = session.config, session.accelerator.device
+    shards = session.train_shards + session.val_shards
+
+    def encode(images: Tensor) -> Tensor:
+        return autoencoder.encode(vae, images.to(device))
+
+    def check() -> None:
+        session.stop.check(f"the latents of {stage.name}")
+
+    latents = cache(shards, stage.size, encode, autoencoder.digest(vae), session.run.latents, check)
+    train_data = (session.train_shards, latents[: len(session.train_shards)])
+    val_data = (session.val_shards, latents[len(session.train_shards) :])
+
+    def loss_at(model: nn.Module, step: int) -> Tensor:
+        seed = step_seed(config.seed, stage.name, step)
+        pairs = draw_pairs(session.train_shards, stage.batch, config.pa_fraction, seed)
+        batch = gather(*train_data, pairs, stage.size, device)
+        return pair_loss(model, batch, stage.shift, config.drop_source, torch.Generator().manual_seed(seed))
+
+    def validate(model: nn.Module) -> float:
+        seed = step_seed(config.seed, "validation", 0)
+        pairs = draw_pairs(session.val_shards, config.validation_pairs, config.pa_fraction, seed)
+        batch = gather(*val_data, pairs, stage.size, device)
+        return pair_loss(model, batch, stage.shift, 0, torch.Generator().manual_seed(seed)).item()
+
+    return fit(
+        session,
+        stage.name,
+        stage.steps,
+        stage.learning_rate,
+        start,
+        checkpoint,
+        loss_at,
+        validate if session.val_shards else None,
+    )
+
+
+def pair_loss(model: nn.Module, batch: Batch, shift: float, drop_source: float, generator: torch.Generator) -> Tensor:
+    """The flow's loss on a batch of pairs, with noise, noise levels and dropped sources drawn from the generator."""
+    latents = batch.target_latent
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigma = flow.draw_sigmas(len(latents), shift, generator).to(latents.device)
+    drop = (torch.rand(len(latents), generator=generator) < drop_source).to(latents.device)
+    noisy = flow.path(latents, noise, sigma)
+    velocity = model(noisy, sigma * flow.NUM_TIMESTEPS, **batch.condition, drop_source=drop)
+    return flow.loss(velocity, latents, noise).mean()
+
+
+def fit(
+    session: Session,
+    name: str,
+    steps: int,
+    learning_rate: float,
+    model: Network,
+    checkpoint: Checkpoint | None,
+    loss_at: Callable[[nn.Module, int], Tensor],
+    validate: Callable[[nn.Module], float] | None,
+) -> Network:
+    """The loop: from `model`, or from the checkpoint where it is of this stage, to the end. Returns the average."""
+    config, run, accelerator = session.config, session.run, session.accelerator
+    model = model.to(accelerator.device).requires_grad_(True).train()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    # beta2 = 0.95 rather than 0.999: recipes of a few hundred steps cannot wait for a long memory of the gradients
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
+    )
+    first = 0
+    if checkpoint is not None and checkpoint.stage == name:
+        restore(checkpoint, model, ema, optimizer)
+        first = checkpoint.step
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+
+    losses: list[float] = []
+    since = time.monotonic()
+    for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, unit="step", mininterval=0.5):
+        # one training step
+        rate = learning_rate * schedule(step, steps, config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with accelerator.autocast():
+            loss = loss_at(prepared, step)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InputError(
+                f"the loss became {losses[-1]} at stage {name}, step {step}; the last checkpoint in {run.checkpoints} "
+                "is sound: train again with a lower learning rate"
+            )
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(prepared.parameters(), config.clip_norm)
+        prepared_optimizer.step()
+        prepared_optimizer.zero_grad()
+        update_average(ema, model, min(config.ema_decay, (step + 1) / (step + 10)))
+        done = step + 1
+
+        # report
+        if done % config.log_every == 0 or done == steps:
+            now = time.monotonic()
+            steps_per_s = round(len(losses) / (now - since), 3)
+            run.log(stage=name, step=done, loss=np.mean(losses), learning_rate=rate, steps_per_s=steps_per_s)
+            losses, since = [], now
+
+        # validate
+        if validate and (done % config.validate_every == 0 or done == steps):
+            with torch.no_grad():
+                run.log(stage=name, step=done, validation_loss=validate(ema))
+
+        # checkpoint
+        if done % config.checkpoint_every == 0 or done == steps or session.stop.reason:
+            tensors = state(model, ema, optimizer)
+            save(run.checkpoints, Checkpoint(name, done, tensors), config.keep_checkpoints)
+
+        # stop?
+        session.stop.check(f"stage {name}, step {done}")
+    return ema
+
+
+def schedule(step: int, steps: int, warmup_steps: int) -> float:
+    """The factor on the learning rate: up in a line over the warm-up, down in half a cosine to the end."""
+    return min(1.0, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """One step of the exponential moving average of the weights."""
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+
+
+def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransformer) -> None:
+    """Leaves the finished pipeline in the run's folder `model`, which marks the run as finished."""
+    stage, shards = session.config.stages[-1], session.train_shards
+    from_pa = [shard.images(stage.size, [shard.nearest_view(0, 0)]) for shard in shards]
+    pipeline = SVDRRPipeline(
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=stage.shift),
+        size=stage.size,
+        sdd_mm=float(np.median([shard.sdd_mm for shard in shards])),
+        sod_mm=float(np.median([shard.sod_mm for shard in shards])),
+        detector_mm=float(np.median([shard.detector_mm for shard in shards])),
+        film_line_integrals=np.percentile(from_pa, FILM_PERCENTILES).tolist(),
+    )
+    with whole_folder(session.run.model) as partial:
+        pipeline.save_pretrained(partial)
+
+
+def data_digest(shards: Sequence[Shard]) -> str:
+    """SHA-256 of what the shards contain, in their order."""
+    return hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()

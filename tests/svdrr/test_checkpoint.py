@@ -1,0 +1,89 @@
+"""Checkpoints come back bit for bit, and a kill or a full disk at any moment leaves the one before."""
+
+import copy
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from svdrr.checkpoint import Checkpoint, latest, restore, save, state
+from svdrr.errors import InputError
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    data = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+    model(data).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_going_on_from_a_checkpoint_is_as_if_never_stopped(tmp_path: Path) -> None:
+    model = network()
+    ema, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=0.1)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    save(tmp_path, Checkpoint("64px", 3, state(model, ema, optimizer)), keep=2)
+
+    other = network()
+    other_ema, other_optimizer = network(), torch.optim.AdamW(other.parameters(), lr=0.1)
+    checkpoint = latest(tmp_path)
+    assert (checkpoint.stage, checkpoint.step) == ("64px", 3)
+    restore(checkpoint, other, other_ema, other_optimizer)
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(other, other_optimizer, seed)
+    for ours, theirs in ((model, other), (ema, other_ema)):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name])
+
+
+def number(value: int) -> Checkpoint:
+    return Checkpoint("vae", value, {"model/value": torch.full((1000,), float(value))})
+
+
+def test_keeps_the_last_few(tmp_path: Path) -> None:
+    assert latest(tmp_path / "nothing yet") is None
+    for value in range(12):
+        save(tmp_path, number(value), keep=3)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert latest(tmp_path).step == 11
+
+
+def test_a_kill_before_the_rename_leaves_the_one_before(tmp_path: Path) -> None:
+    save(tmp_path, number(1), keep=2)
+    whole = save(tmp_path, number(2), keep=2).read_bytes()
+    (tmp_path / "partial").write_bytes(whole[: len(whole) // 2])
+    assert latest(tmp_path).step == 2
+    save(tmp_path, number(3), keep=2)
+    assert latest(tmp_path).step == 3
+    assert not (tmp_path / "partial").exists()
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the kernel refuses the write in the same place."""
+    save(tmp_path, number(1), keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="the previous checkpoint is intact, so make room"):
+            save(tmp_path, number(2), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert latest(tmp_path).step == 1
+    assert not (tmp_path / "partial").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_cure(tmp_path: Path) -> None:
+    path = save(tmp_path, number(1), keep=2)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"is damaged .*delete it to go on from the one before"):
+        latest(tmp_path)

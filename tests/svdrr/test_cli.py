@@ -1,0 +1,132 @@
+"""The commands as typed: one line and exit code 2 for every mistake, and a picture at the end."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svdrr import radiograph
+from svdrr.cli import main
+from svdrr.config import TrainConfig
+from svdrr.presets import toy
+from svdrr.shards import open_folder
+from svdrr.train import train
+
+
+class Typed(NamedTuple):
+    """What a command left: its exit code and its words."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+SVDRR = Path(sys.executable).with_name("svdrr")
+
+
+def svdrr(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SVDRR, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_help_is_quick() -> None:
+    """Half a second is promised; the best of three, because the machine may be busy."""
+    times = []
+    for words in (["--help"], ["train", "--help"], ["sample", "--help"]):
+        begin = time.perf_counter()
+        assert svdrr(Path.cwd(), *words).returncode == 0
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.5
+
+
+def test_the_command_line_does_not_import_torch() -> None:
+    code = "import sys, svdrr.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_dry_run_prints_the_settings(tmp_path: Path) -> None:
+    result = svdrr(tmp_path, "train", "--shards", "nowhere", "--seed", 3, "--dry-run")
+    assert TrainConfig.from_json(json.loads(result.stdout)) == toy(seed=3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Typed]:
+    """Runs a command in this process, in this test's folder: importing torch anew would take seconds each time."""
+
+    def run(*words: object) -> Typed:
+        monkeypatch.setattr(sys, "argv", ["svdrr", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Typed(end.value.code, *capsys.readouterr())
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def test_mistakes_are_one_line_and_exit_code_2(
+    typed: Callable[..., Typed], make_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_shards(patients=1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/x.h5").write_bytes(b"half a shard")
+    for words, expected in [
+        (["train", "--shards", "nowhere"], "no folder nowhere"),
+        (["train", "--shards", "empty"], "no shard (*.h5) in empty"),
+        (["train", "--shards", "broken"], "broken/x.h5 is not a readable HDF5 file"),
+        (["train", "--shards", "shards"], "one patient only (P-00)"),
+        (["train", "--preset", "huge"], "--preset is one of toy"),
+        (["sample", "--image", "x.png", "--theta", 30], "no model in runs/latest: train one with `svdrr train"),
+    ]:
+        result = typed(*words)
+        assert result.code == 2
+        assert expected in result.err
+        assert result.err.startswith("svdrr: ")
+        assert result.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_usage_is_exit_code_2_without_a_trace(tmp_path: Path) -> None:
+    for words in (["sample", "--image", "x.png"], ["sample", "--theta", "left"], ["fly"], ["train", "--wings"]):
+        result = svdrr(tmp_path, *words)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+
+
+def test_sample_from_png_to_png(tiny: TrainConfig, shards: Path, typed: Callable[..., Typed], tmp_path: Path) -> None:
+    train(tiny, shards)
+    view = open_folder(shards)[0].images(32, [3])[0]
+    radiograph.write_png(tmp_path / "x.png", view, {})
+
+    result = typed("sample", "--image", "x.png", "--theta", 30, "--phi", 10)
+    assert result.code == 0
+    assert result.out == "x_theta30_phi10.png\n"
+    assert result.err.splitlines()[-1].startswith("SYNTHETIC - NOT FOR DIAGNOSIS")
+    with Image.open("x_theta30_phi10.png") as image:
+        assert (image.size, image.mode) == ((32, 32), "I;16")
+        assert image.text["Warning"] == "SYNTHETIC - NOT FOR DIAGNOSIS"
+        assert (image.text["azimuth_deg"], image.text["elevation_deg"], image.text["seed"]) == ("30", "10", "0")
+
+    words = ["--theta", 30, "--phi", 10, "--model", "runs/latest", "--samples", 2, "--out", "y.png"]
+    assert typed("sample", "--image", "x.png", *words).out == "y_seed0.png\ny_seed1.png\n"
+    names = ("x_theta30_phi10.png", "y_seed0.png", "y_seed1.png")
+    first, same, other = (radiograph.read(Path(name)).pixels for name in names)
+    assert np.abs(first - same).max() < 1e-3  # alone or in a batch: products of another shape round differently
+    assert np.abs(first - other).max() > 0.1
+
+    Image.fromarray((255 - view * 20).astype(np.uint8)).save("film.jpg")
+    result = typed("sample", "--image", "film.jpg", "--theta", -90, "--out", "z.png")
+    assert result.code == 0
+    assert "film.jpg is taken as a film" in result.err
+    assert radiograph.read(Path("z.png")).pixels.shape == (32, 32)
+
+    Path("no image.png").write_bytes(b"no image")
+    result = typed("sample", "--image", "no image.png", "--theta", 30)
+    assert (result.code, result.err.count("\n")) == (2, 1)

@@ -1,0 +1,50 @@
+"""Configurations go to JSON and back, and refuse what they do not know."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from svdrr.config import TrainConfig
+from svdrr.errors import InputError
+from svdrr.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name: str) -> None:
+    config = preset(name, seed=7)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert (config.preset, config.seed) == (name, 7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_goes_from_weak_to_strong_in_whole_patches(name: str) -> None:
+    config = preset(name, seed=0)
+    sizes = [stage.size for stage in config.stages]
+    assert len(sizes) >= 2
+    assert sizes == sorted(set(sizes))
+    factor = 2 ** (len(config.vae.block_channels) - 1) * config.model.patch_size
+    assert all(size % factor == 0 for size in sizes)
+    assert config.model.num_heads * config.model.head_dim % 4 == 0  # sines and cosines of rows and columns
+
+
+def test_refuses_unknown_and_missing_keys(tiny: TrainConfig) -> None:
+    values = tiny.to_json()
+    values["stages"][1]["colour"] = "blue"
+    with pytest.raises(InputError, match=r"config.stages\[1\]: unknown colour"):
+        TrainConfig.from_json(values)
+    values = tiny.to_json()
+    del values["vae"]["crop"]
+    with pytest.raises(InputError, match=r"config.vae: missing crop"):
+        TrainConfig.from_json(values)
+
+
+def test_is_frozen_and_comparable(tiny: TrainConfig) -> None:
+    assert replace(tiny, seed=1) != tiny
+    with pytest.raises(AttributeError):
+        tiny.seed = 1  # type: ignore[misc]
+
+
+def test_an_unknown_preset_is_refused_with_the_choices() -> None:
+    with pytest.raises(InputError, match="no preset 'huge': --preset is one of toy"):
+        preset("huge", seed=0)

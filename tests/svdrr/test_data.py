@@ -1,0 +1,82 @@
+"""The split of docs/shard-schema.md, and pairs that depend on nothing but their seed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from svdrr.data import draw_pairs, gather, split, step_seed, training_shards
+from svdrr.errors import InputError
+from svdrr.shards import open_folder
+
+
+def test_the_split_is_that_of_the_document() -> None:
+    """Digits computed with `printf drr-sphere:NAME | sha256sum`: divided by 2^32 they are h."""
+    known = {"P-00": "train", "P-01": "val", "P-02": "val", "P-47": "test", "LIDC-IDRI-0001": split("LIDC-IDRI-0001")}
+    assert {name: split(name) for name in known} == known
+
+
+def test_the_split_has_the_shares_that_it_claims() -> None:
+    """5000 names: three standard deviations of a share of 0.8 are 0.017."""
+    names = [split(f"patient {number}") for number in range(5000)]
+    assert names.count("train") / 5000 == pytest.approx(0.8, abs=0.017)
+    assert names.count("val") / 5000 == pytest.approx(0.1, abs=0.017)
+
+
+def test_adding_patients_moves_nobody(make_shards: Callable[..., Path]) -> None:
+    few, _ = training_shards(open_folder(make_shards(patients=3)))
+    more, _ = training_shards(open_folder(make_shards(patients=6)))
+    assert {shard.patient_id for shard in few} <= {shard.patient_id for shard in more}
+
+
+def test_one_patient_is_not_enough(make_shards: Callable[..., Path]) -> None:
+    shards = open_folder(make_shards(patients=1))
+    with pytest.raises(InputError, match=r"one patient only \(P-00\)"):
+        training_shards(shards)
+    with pytest.raises(InputError, match="one patient only"):
+        training_shards(shards * 2)
+
+
+def test_patients_that_all_fall_into_validation_cannot_be_trained_on(make_shards: Callable[..., Path]) -> None:
+    shards = [shard for shard in open_folder(make_shards(patients=3)) if split(shard.patient_id) == "val"]
+    assert len(shards) == 2
+    with pytest.raises(InputError, match="none of the 2 patients falls into the training split"):
+        training_shards(shards)
+
+
+def test_pairs_depend_on_the_seed_alone(shards: Path) -> None:
+    opened = open_folder(shards)
+    seeds = [step_seed(0, "64px", 7), step_seed(0, "64px", 8), step_seed(0, "128px", 7), step_seed(1, "64px", 7)]
+    assert len(set(seeds)) == 4
+    drawn = [draw_pairs(opened, 16, 0.5, seed) for seed in (*seeds, seeds[0])]
+    assert all(np.array_equal(a, b) for a, b in zip(drawn[0], drawn[4], strict=True))
+    assert not any(np.array_equal(drawn[0].target, other.target) for other in drawn[1:4])
+
+
+def test_patients_are_seen_equally_often_and_pa_as_often_as_asked(shards: Path) -> None:
+    """4000 draws: three standard deviations of a share of 1/2 are 0.024. A patient with two series counts once."""
+    opened = open_folder(shards)[:2]
+    opened.append(opened[0])
+    pairs = draw_pairs(opened, 4000, 0.4, seed=0)
+    assert np.mean(pairs.shard == 1) == pytest.approx(1 / 2, abs=0.024)
+    pa, views = opened[0].nearest_view(0, 0), len(opened[0])
+    assert np.mean(pairs.source == pa) == pytest.approx(0.4 + 0.6 / views, abs=0.024)
+    assert np.mean(pairs.target == pa) == pytest.approx(1 / views, abs=0.024)
+
+
+def test_a_batch_holds_the_latents_and_the_rays_of_its_pairs(shards: Path) -> None:
+    opened = open_folder(shards)
+    latents = [np.full((len(shard), 2, 8, 8), index, np.float16) for index, shard in enumerate(opened)]
+    for index, array in enumerate(latents):
+        array += np.arange(len(array))[:, None, None, None] / 16 + index
+    pairs = draw_pairs(opened, 5, 0.5, seed=3)
+    batch = gather(opened, latents, pairs, 32, torch.device("cpu"))
+    assert torch.equal(batch.target_latent[:, 0, 0, 0], torch.tensor(2 * pairs.shard + pairs.target / 16).float())
+    source = batch.condition["source_latent"]
+    assert torch.equal(source[:, 0, 0, 0], torch.tensor(2 * pairs.shard + pairs.source / 16).float())
+    assert batch.condition["source_rays"].shape == batch.condition["target_rays"].shape == (5, 6, 8, 8)
+    same = pairs.source == pairs.target
+    rays = [batch.condition[name] for name in ("source_rays", "target_rays")]
+    assert [torch.equal(a, b) for a, b in zip(*rays, strict=True)] == same.tolist()

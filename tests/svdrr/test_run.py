@@ -1,0 +1,93 @@
+"""Which folder a command means, and how each mistake is answered."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from svdrr.config import TrainConfig
+from svdrr.errors import InputError
+from svdrr.run import LATEST, RUNS, Run, model_folder, open_run, whole_folder
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_same_command_finds_its_run(tiny: TrainConfig) -> None:
+    first = open_run(tiny, "data", out=None)
+    assert first.folder.parent == RUNS
+    assert LATEST.resolve() == first.folder.resolve()
+    assert open_run(tiny, "data", out=None).folder == first.folder
+
+
+def test_another_config_or_other_data_start_another_run(tiny: TrainConfig) -> None:
+    folders = [open_run(tiny, "data", out=None).folder]
+    folders.append(open_run(replace(tiny, seed=1), "data", out=None).folder)
+    folders.append(open_run(tiny, "other data", out=None).folder)
+    assert len(set(folders)) == 3
+    assert LATEST.resolve() == folders[-1].resolve()
+
+
+def test_a_given_folder_is_used_and_latest_left_alone(tiny: TrainConfig, tmp_path: Path) -> None:
+    assert open_run(tiny, "data", tmp_path / "here").folder == tmp_path / "here"
+    assert open_run(tiny, "data", tmp_path / "here").folder == tmp_path / "here"
+    assert not LATEST.exists()
+
+
+def test_a_given_folder_of_something_else_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(InputError, match="not empty and not a run: give another --out"):
+        open_run(tiny, "data", tmp_path)
+    (tmp_path / "config.json").write_text("not JSON")
+    with pytest.raises(InputError, match=r"config.json cannot be read"):
+        open_run(tiny, "data", tmp_path)
+
+
+def test_differences_are_named(tiny: TrainConfig, tmp_path: Path) -> None:
+    open_run(tiny, "data", tmp_path / "run")
+    other = replace(tiny, stages=(tiny.stages[0], replace(tiny.stages[1], steps=9)))
+    with pytest.raises(InputError, match=r"its stages.1.steps is 5, not 9; its shards are data, not other"):
+        open_run(other, "other", tmp_path / "run")
+
+
+def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    def fail() -> None:
+        with whole_folder(tmp_path / "model") as partial:
+            partial.mkdir()
+            (partial / "half").touch()
+            raise RuntimeError
+
+    for _ in range(2):  # the second time over the leftovers of the first
+        with pytest.raises(RuntimeError):
+            fail()
+        assert not (tmp_path / "model").exists()
+    with whole_folder(tmp_path / "model") as partial:
+        partial.mkdir()
+        (partial / "all").touch()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["all"]
+
+
+def test_where_the_model_is(tiny: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no model in runs/latest: train one with `svdrr train --shards shards`"):
+        model_folder(None)
+    with pytest.raises(InputError, match="no model in nowhere: give --model a run"):
+        model_folder(Path("nowhere"))
+    run = open_run(tiny, "data", out=None)
+    with pytest.raises(InputError, match="is not finished: go on with the same `svdrr train` command"):
+        model_folder(None)
+    run.model.mkdir()
+    (run.model / "model_index.json").touch()
+    assert model_folder(None) == LATEST / "model"
+    assert model_folder(run.folder) == run.model
+    assert model_folder(run.model) == run.model
+
+
+def test_the_log_is_a_json_object_per_line(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.log(step=1, loss=0.5)
+    run.log(step=2)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]

@@ -1,0 +1,180 @@
+"""A tiny run of every stage: stopped anywhere and started again, it ends in the same weights, bit for bit."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from svdrr.config import TrainConfig
+from svdrr.errors import InputError
+from svdrr.pipeline import SVDRRPipeline
+from svdrr.train import schedule, train, update_average
+
+KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], Path]:
+    """The run folder of this configuration, trained in one go; the second call finds it finished."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    return lambda config: train(config, shards, folder)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Every trained weight, and every setting of the model."""
+    for part in ("vae", "transformer"):
+        name = f"model/{part}/diffusion_pytorch_model.safetensors"
+        ours, theirs = load_file(one / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    for name in ("vae/config.json", "model_index.json", "scheduler/scheduler_config.json"):
+        ours, theirs = (json.loads((run / "model" / name).read_text()) for run in (one, other))
+        assert ours | {"_name_or_path": ""} == theirs | {"_name_or_path": ""}  # diffusers notes where it read from
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_stopped_at_every_step_it_ends_in_the_same_weights(
+    tiny: TrainConfig, shards: Path, unbroken: Callable[[TrainConfig], Path], tmp_path: Path
+) -> None:
+    """Across the autoencoder, the latents of both levels and both stages; each call has time for one step."""
+    run, stops = tmp_path / "run", 0
+    while not (run / "model").is_dir():
+        train(tiny, shards, run, max_minutes=0)
+        stops += 1
+    assert stops > tiny.vae.steps + sum(stage.steps for stage in tiny.stages)
+    assert_same(run, unbroken(tiny))
+
+
+def test_steps_that_were_lost_are_done_again(
+    tiny: TrainConfig, shards: Path, unbroken: Callable[[TrainConfig], Path], tmp_path: Path
+) -> None:
+    """As after a kill between two checkpoints: the newest one is taken away, in the middle of the first stage."""
+    run = tmp_path / "run"
+    while not (newest := list(run.glob("checkpoints/*16px-0000003*"))):
+        train(tiny, shards, run, max_minutes=0)
+    newest[0].unlink()
+    train(tiny, shards, run)
+    assert_same(run, unbroken(tiny))
+
+
+def test_leaves_a_documented_folder_a_log_and_a_model(
+    tiny: TrainConfig, unbroken: Callable[[TrainConfig], Path]
+) -> None:
+    run = unbroken(tiny)
+    assert {path.name for path in run.iterdir()} == KNOWN_FILES
+    record = json.loads((run / "config.json").read_text())
+    assert TrainConfig.from_json(record["config"]) == tiny
+    assert record["versions"]["torch"] == torch.__version__
+    lines = log(run)
+    assert {line["stage"] for line in lines} == {"vae", "16px", "32px"}
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert sum("validation_loss" in line for line in lines) == 6  # after steps 2, 4 and 5 of both stages
+    pipeline = SVDRRPipeline.from_pretrained(run / "model")
+    assert (pipeline.config.size, pipeline.scheduler.config.shift) == (32, 2.0)
+    assert (pipeline.config.sdd_mm, pipeline.config.sod_mm, pipeline.config.detector_mm) == (1800, 1640, 432)
+    assert list(pipeline.config.film_line_integrals) == sorted(pipeline.config.film_line_integrals)
+
+
+def test_a_finished_run_says_so(
+    tiny: TrainConfig, unbroken: Callable[[TrainConfig], Path], capsys: pytest.CaptureFixture
+) -> None:
+    run = unbroken(tiny)
+    before = (run / "log.jsonl").read_text()
+    assert unbroken(tiny) == run
+    assert "is finished" in capsys.readouterr().err
+    assert (run / "log.jsonl").read_text() == before
+
+
+def test_seed_and_data_decide_the_weights(
+    tiny: TrainConfig, shards: Path, unbroken: Callable[[TrainConfig], Path], tmp_path: Path
+) -> None:
+    other = train(replace(tiny, seed=1), shards, tmp_path / "run")
+    with pytest.raises(AssertionError):
+        assert_same(other, unbroken(tiny))
+
+
+def test_another_config_or_other_shards_are_refused(
+    tiny: TrainConfig,
+    shards: Path,
+    unbroken: Callable[[TrainConfig], Path],
+    make_shards: Callable[..., Path],
+) -> None:
+    run = unbroken(tiny)
+    with pytest.raises(InputError, match=r"its seed is 0, not 1\): give another --out"):
+        train(replace(tiny, seed=1), shards, run)
+    with pytest.raises(InputError, match=r"its shards are .*, not .*: give another --out"):
+        train(tiny, make_shards(patients=4), run)
+
+
+def test_without_validation_patients_it_says_so_and_goes_on(
+    tiny: TrainConfig, make_shards: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = make_shards(patients=4)
+    for name in ("P-01.h5", "P-02.h5"):  # the two that the split gives to validation
+        (folder / name).unlink()
+    run = train(tiny, folder, tmp_path / "run")
+    assert "for validation" in capsys.readouterr().err
+    assert not any("validation_loss" in line for line in log(run))
+
+
+def test_a_level_that_the_shards_lack_is_refused_before_anything_is_written(
+    tiny: TrainConfig, make_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="has images of 32 pixels, not 16"):
+        train(tiny, make_shards(levels=(32,)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_stage_and_step(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
+    wild = replace(tiny, vae=replace(tiny.vae, learning_rate=1e30))
+    with pytest.raises(InputError, match=r"the loss became \w+ at stage vae, step \d; .*lower learning rate"):
+        train(wild, shards, tmp_path / "run")
+
+
+def test_a_second_trainer_in_the_same_run_is_refused(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
+    from svdrr.run import Run
+
+    train(tiny, shards, tmp_path / "run", max_minutes=0)
+    with Run(tmp_path / "run").locked(), pytest.raises(InputError, match="another `svdrr train` is at work"):
+        train(tiny, shards, tmp_path / "run")
+
+
+def test_sigint_saves_and_stops(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
+    """The signal comes while the first step waits for its data: the step is finished and saved."""
+    endless = replace(tiny, vae=replace(tiny.vae, steps=1_000_000))
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    with pytest.raises(SystemExit) as stopped:
+        train(endless, shards, tmp_path / "run")
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert list((tmp_path / "run/checkpoints").glob("*.safetensors"))
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    rates = [schedule(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] > 0.97
+    assert rates[99] < 0.001
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_the_average_of_the_weights() -> None:
+    average, model = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(average.weight, 1.0)
+    nn.init.constant_(model.weight, 3.0)
+    update_average(average, model, decay=0.75)
+    assert average.weight.item() == 1.5
