@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,37 +13,37 @@ import torch
 from safetensors.torch import load_file
 from tests.svdrr.shards_for_tests import write_folder
 
-# the command as installed, but for the lengths of the preset's stages: a minute's work instead of a laptop's coffee break
-SVDRR = """
-from dataclasses import replace
-from svdrr import cli, presets
+from svdrr import presets
+from svdrr.config import TrainConfig
+from svdrr.train import train
 
-def brief(seed, toy=presets.toy):
-    config = toy(seed)
+# the command as installed, but for the preset, which the test makes short
+SVDRR = """
+import json
+from pathlib import Path
+from svdrr import cli, config, presets
+presets.PRESETS["toy"] = lambda seed: config.TrainConfig.from_json(json.loads(Path("toy.json").read_text()))
+cli.main()
+"""
+FATAL_STEPS = [("vae", 8), ("16px", 17), ("32px", 10)]
+
+
+@pytest.fixture
+def toy() -> TrainConfig:
+    """The real preset, with a smaller model on smaller images for fewer steps."""
+    config = presets.toy()
     return replace(
         config,
         vae=replace(config.vae, block_channels=(4, 8), crop=16, steps=20, batch=2),
-        model=replace(config.model, num_layers=2, num_heads=2, head_dim=8),
+        model=replace(config.model, patch_size=2, num_layers=2, num_heads=2, head_dim=8),
         stages=tuple(replace(config.stages[0], size=size, steps=20, batch=2) for size in (16, 32)),
         log_every=1,
         checkpoint_every=3,
     )
 
-presets.PRESETS["toy"] = brief
-cli.main()
-"""
-FATAL_STEPS = [("vae", 8), ("16px", 4), ("16px", 17), ("32px", 10)]
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    write_folder(home / "shards")
-    return home
-
-
-def start(home: Path, out: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", SVDRR, "train", "--preset", "toy", "--out", out]
+def start(home: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", SVDRR, "train", "--shards", "shards", "--preset", "toy", "--out", "broken"]
     return subprocess.Popen(command, cwd=home, stderr=subprocess.DEVNULL)
 
 
@@ -55,23 +56,26 @@ def steps(run: Path) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_it_ends_in_the_same_weights(home: Path) -> None:
-    assert start(home, "unbroken").wait() == 0
+def test_killed_in_every_stage_it_ends_in_the_same_weights(toy: TrainConfig, tmp_path: Path) -> None:
+    write_folder(tmp_path / "shards")
+    (tmp_path / "toy.json").write_text(json.dumps(toy.to_json()))
+    unbroken, broken = train(toy, tmp_path / "shards", tmp_path / "unbroken"), tmp_path / "broken"
+
     for fatal in FATAL_STEPS:
-        process = start(home, "broken")
-        while fatal not in steps(home / "broken"):
+        process = start(tmp_path)
+        while fatal not in steps(broken):
             assert process.poll() is None, f"ended before {fatal}"
             time.sleep(0.005)
         process.kill()
         process.wait()
-    assert not (home / "broken/model").exists()
-    assert start(home, "broken").wait() == 0
+    assert not (broken / "model").exists()
+    assert start(tmp_path).wait() == 0
 
-    done = list(steps(home / "broken"))
+    done = list(steps(broken))
     assert len(done) > len(set(done)), "no step was lost by any kill: the test proves nothing"
-    assert set(done) == set(steps(home / "unbroken"))
+    assert set(done) == set(steps(unbroken))
     for part in ("vae", "transformer"):
         weights = f"model/{part}/diffusion_pytorch_model.safetensors"
-        broken, unbroken = load_file(home / "broken" / weights), load_file(home / "unbroken" / weights)
-        assert broken.keys() == unbroken.keys()
-        assert [name for name in broken if not torch.equal(broken[name], unbroken[name])] == []
+        ours, theirs = load_file(broken / weights), load_file(unbroken / weights)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -73,7 +73,9 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_mistakes_are_one_line_and_exit_code_2(
     typed: Callable[..., Typed], make_shards: Callable[..., Path], tmp_path: Path
 ) -> None:
+    make_shards(patients=3, levels=(128, 64)).rename(tmp_path / "more shards")
     make_shards(patients=1)
+    (tmp_path / "a file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/x.h5").write_bytes(b"half a shard")
@@ -83,6 +85,8 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["train", "--shards", "broken"], "broken/x.h5 is not a readable HDF5 file"),
         (["train", "--shards", "shards"], "one patient only (P-00)"),
         (["train", "--preset", "huge"], "--preset is one of toy"),
+        (["train", "--shards", "more shards", "--out", "a file/run"], "Not a directory"),
+        (["sample", "--image", "x.png", "--theta", "nan"], "no angles"),
         (["sample", "--image", "x.png", "--theta", 30], "no model in runs/latest: train one with `svdrr train"),
     ]:
         result = typed(*words)

@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from svdrr import flow
+from svdrr.transformer import NUM_TIMESTEPS
 
 
 def test_the_true_velocity_leads_the_scheduler_to_the_data() -> None:
@@ -16,7 +17,7 @@ def test_the_true_velocity_leads_the_scheduler_to_the_data() -> None:
     scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
     latents = noise
     for timestep in scheduler.timesteps:
-        sigma = (timestep / flow.NUM_TIMESTEPS).expand(3)
+        sigma = (timestep / NUM_TIMESTEPS).expand(3)
         assert torch.allclose(latents, flow.path(data, noise, sigma), atol=1e-5)
         latents = scheduler.step(noise - data, timestep, latents).prev_sample
     assert torch.allclose(latents, data, atol=1e-5)

@@ -138,7 +138,7 @@ def test_a_level_that_the_shards_lack_is_refused_before_anything_is_written(
 
 def test_a_loss_that_is_no_number_stops_with_stage_and_step(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
     wild = replace(tiny, vae=replace(tiny.vae, learning_rate=1e30))
-    with pytest.raises(InputError, match=r"the loss became \w+ at stage vae, step \d; .*lower learning rate"):
+    with pytest.raises(InputError, match=r"at stage vae, step \d; .*lower learning rate"):
         train(wild, shards, tmp_path / "run")
 
 

@@ -22,7 +22,7 @@ def train_command(
     shards: Annotated[Path, typer.Option(help="Folder of shards, as `drrgen render` writes it.")] = Path("shards"),
     preset: Annotated[str, typer.Option(help="The recipe: toy.")] = "toy",
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/<date>-<preset> by default.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Save and stop after this time.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(min=0, help="Save and stop after this time.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
 ) -> None:
@@ -44,10 +44,10 @@ def train_command(
 def sample_command(
     image: Annotated[Path, typer.Option(help="The X-ray, PNG or JPEG.")],
     theta: Annotated[float, typer.Option(help="Azimuth of the view to make, degrees: 90 is the left lateral.")],
-    phi: Annotated[float, typer.Option(help="Its elevation, degrees: up is cranial.")] = 0.0,
+    phi: Annotated[float, typer.Option(min=-90, max=90, help="Its elevation, degrees: up is cranial.")] = 0.0,
     model: Annotated[Path | None, typer.Option(help="A run of `svdrr train`; runs/latest by default.")] = None,
     source_theta: Annotated[float, typer.Option(help="Azimuth of the given X-ray: 0 is PA.")] = 0.0,
-    source_phi: Annotated[float, typer.Option(help="Its elevation.")] = 0.0,
+    source_phi: Annotated[float, typer.Option(min=-90, max=90, help="Its elevation.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the noise that the view starts from.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="How many views, of seeds counting up.")] = 1,
     out: Annotated[Path | None, typer.Option(help="The PNG to write; named after image and angles by default.")] = None,
@@ -61,9 +61,9 @@ def sample_command(
 
 
 def main() -> None:
-    """The entry point: bad input is one line on stderr and exit code 2."""
+    """The entry point: bad input, and a disk or folder that does not take our files, is one line and exit code 2."""
     try:
         app()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"svdrr: {error}", file=sys.stderr)
         sys.exit(2)

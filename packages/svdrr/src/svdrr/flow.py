@@ -8,8 +8,6 @@ timestep is 1000 sigma, and a step follows the velocity d x / d sigma.
 import torch
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000
-
 
 def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
     """[count] in (0, 1): logit-normal (Esser et al., eq. 19, m = 0 and s = 1), then shifted to the noise (eq. 23).

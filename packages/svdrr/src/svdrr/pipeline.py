@@ -66,7 +66,7 @@ class SVDRRPipeline(DiffusionPipeline):
         sdd_mm: float | None = None,
         sod_mm: float | None = None,
         detector_mm: float | None = None,
-        num_inference_steps: int = 16,
+        num_inference_steps: int = 8,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> SVDRROutput:

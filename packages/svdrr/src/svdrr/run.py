@@ -9,6 +9,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import shutil
 import time
@@ -17,6 +18,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
@@ -64,7 +67,7 @@ def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
     record = {"config": config.to_json(), "data": data_digest}
     if out is None:
         if LATEST.is_dir() and not _differences(LATEST, record):
-            return Run(LATEST.resolve().relative_to(Path.cwd()))
+            return Run(RUNS / LATEST.readlink())
         folder = _new_folder(config.preset)
     else:
         folder = out
@@ -89,11 +92,14 @@ def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, that gets its name when it is whole."""
+    """A folder to fill, that gets its name when it is whole. Raises InputError where it cannot be written."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    partial.replace(folder)
+    try:
+        yield partial
+        partial.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder} ({error}): make room and run the same command") from error
 
 
 def model_folder(model: Path | None) -> Path:
@@ -110,12 +116,9 @@ def model_folder(model: Path | None) -> Path:
 
 
 def _new_folder(preset: str) -> Path:
-    folder = RUNS / f"{date.today().isoformat()}-{preset}"
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = RUNS / f"{date.today().isoformat()}-{preset}-{number}"
-    return folder
+    first = RUNS / f"{date.today().isoformat()}-{preset}"
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([first], others) if not folder.exists())
 
 
 def _differences(folder: Path, record: dict[str, Any]) -> list[str]:
@@ -138,6 +141,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {name: value}
-    return {
-        key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}.{part}".strip(".")).items()
-    }
+    leaves: dict[str, Any] = {}
+    for part, inner in value.items():
+        leaves |= _flat(inner, f"{name}.{part}" if name else str(part))
+    return leaves

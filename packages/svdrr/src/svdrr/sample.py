@@ -1,11 +1,13 @@
 """One X-ray image in, synthesised views out as PNG."""
 
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 from svdrr import radiograph
+from svdrr.errors import InputError
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline
 from svdrr.run import model_folder
 
@@ -26,6 +28,8 @@ def sample(
     The image is taken as seen from `source_deg`, its longer side as the whole detector. Raises InputError where it
     cannot be read, or where there is no model.
     """
+    if not all(map(math.isfinite, target_deg + source_deg)):
+        raise InputError(f"{target_deg} from {source_deg} are no angles: give --theta and --phi in degrees")
     folder = model_folder(model)
     picture = radiograph.read(image)
     pipeline = SVDRRPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")

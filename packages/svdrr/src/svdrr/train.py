@@ -32,12 +32,14 @@ from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
 from svdrr.stop import StoppedError, StopRequest
-from svdrr.transformer import ViewTransformer
+from svdrr.transformer import NUM_TIMESTEPS, ViewTransformer
 
 VAE_STAGE = "vae"
 MEASURED_IMAGES = 128
 """Training views that the scale of the latents, and the autoencoder's own error, are measured on."""
 
+BETAS = (0.9, 0.95)
+"""Of AdamW. A short memory of the gradients' size, as is usual for transformers; it pays most in short runs."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -80,6 +82,7 @@ def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max
             for stage in config.stages[begin:]:
                 transformer = train_stage(session, stage, vae, transformer, checkpoint)
             save_pipeline(session, vae, transformer)
+            print(f"{run.folder} is finished: its model is {run.model}", file=sys.stderr)
         except StoppedError as stopped:
             print(f"{stop.reason}, saved at {stopped}: the same command goes on from there", file=sys.stderr)
             if stop.signal is not None:
@@ -94,7 +97,7 @@ class Session:
     config: TrainConfig
     run: Run
     accelerator: Accelerator
-    stop: "StopRequest"
+    stop: StopRequest
     train_shards: list[Shard]
     val_shards: list[Shard]
 
@@ -122,11 +125,12 @@ def train_vae(session: Session, checkpoint: Checkpoint | None) -> None:
     vae = autoencoder.build(settings.latent_channels, settings.block_channels, settings.layers_per_block)
     vae = fit(session, VAE_STAGE, settings.steps, settings.learning_rate, vae, checkpoint, loss_at, validate=None)
 
-    measured = images(sizes[-1], MEASURED_IMAGES, step_seed(session.config.seed, "measure", 0))
+    batches = images(sizes[-1], MEASURED_IMAGES, step_seed(session.config.seed, "measure", 0)).split(settings.batch)
     with torch.no_grad():
-        autoencoder.measure_latents(vae, measured)
-        decoded = autoencoder.decode(vae, autoencoder.encode(vae, measured))
-    session.run.log(stage=VAE_STAGE, round_trip_psnr=metrics.psnr(decoded.cpu(), measured.cpu()).mean())
+        autoencoder.measure_latents(vae, batches)
+        decoded = [autoencoder.decode(vae, autoencoder.encode(vae, batch)) for batch in batches]
+    psnr = metrics.psnr(torch.cat(decoded).cpu(), torch.cat(batches).cpu()).mean()
+    session.run.log(stage=VAE_STAGE, round_trip_psnr=psnr)
     with whole_folder(session.run.vae) as partial:
         vae.save_pretrained(partial)
 
@@ -195,7 +199,7 @@ def pair_loss(model: nn.Module, batch: Batch, shift: float, drop_source: float, 
     sigma = flow.draw_sigmas(len(latents), shift, generator).to(latents.device)
     drop = (torch.rand(len(latents), generator=generator) < drop_source).to(latents.device)
     noisy = flow.path(latents, noise, sigma)
-    velocity = model(noisy, sigma * flow.NUM_TIMESTEPS, **batch.condition, drop_source=drop)
+    velocity = model(noisy, sigma * NUM_TIMESTEPS, **batch.condition, drop_source=drop)
     return flow.loss(velocity, latents, noise).mean()
 
 
@@ -213,7 +217,6 @@ def fit(
     config, run, accelerator = session.config, session.run, session.accelerator
     model = model.to(accelerator.device).requires_grad_(True).train()
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    # beta2 = 0.95 rather than 0.999: recipes of a few hundred steps cannot wait for a long memory of the gradients
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
     )
@@ -232,14 +235,14 @@ def fit(
             group["lr"] = rate
         with accelerator.autocast():
             loss = loss_at(prepared, step)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError(
-                f"the loss became {losses[-1]} at stage {name}, step {step}; the last checkpoint in {run.checkpoints} "
-                "is sound: train again with a lower learning rate"
-            )
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(prepared.parameters(), config.clip_norm)
+        norm = accelerator.clip_grad_norm_(prepared.parameters(), config.clip_norm)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1] + norm.item()):
+            raise InputError(
+                f"loss {losses[-1]:g} and gradient {norm:g} at stage {name}, step {step}; the weights in "
+                f"{run.checkpoints} are from before: train again with a lower learning rate"
+            )
         prepared_optimizer.step()
         prepared_optimizer.zero_grad()
         update_average(ema, model, min(config.ema_decay, (step + 1) / (step + 10)))

@@ -4,6 +4,7 @@ Intensities follow one fixed global scale, never the image's own: a line integra
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL
@@ -41,9 +42,9 @@ def loss(vae: AutoencoderKL, line_integrals: Tensor, kl_weight: float, generator
     return pixels + kl_weight * posterior.kl() / images[0].numel()
 
 
-def measure_latents(vae: AutoencoderKL, line_integrals: Tensor) -> None:
-    """Sets the VAE's shift and scaling so that the latents of these images have mean 0 and standard deviation 1."""
-    latents = vae.encode(line_integrals / HALF_RANGE - 1).latent_dist.mean
+def measure_latents(vae: AutoencoderKL, batches: Sequence[Tensor]) -> None:
+    """Sets shift and scaling so that the latents of these line integrals have mean 0 and standard deviation 1."""
+    latents = torch.cat([vae.encode(batch / HALF_RANGE - 1).latent_dist.mean for batch in batches])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
