@@ -23,7 +23,7 @@ COMMANDS = [
     pytest.param(match[1], match[2].split("#")[0].split(), id=f"{path.relative_to(ROOT)}: {match[0]}")
     for path in DOCUMENTS
     for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
-    for match in re.finditer(r"^\$? ?(drrgen|svdrr) (.*)$", block, re.MULTILINE)
+    for match in re.finditer(r"^(drrgen|svdrr) ([a-z].*)$", block, re.MULTILINE)
 ]
 
 

@@ -30,8 +30,8 @@ def test_our_own_png_comes_back_count_for_count(line_integrals: np.ndarray, tmp_
 
 
 def test_line_integrals_beyond_the_scale_are_clipped(tmp_path: Path) -> None:
-    radiograph.write_png(tmp_path / "x.png", np.array([[-1, 9]], dtype=np.float32), {})
-    assert radiograph.read(tmp_path / "x.png").pixels.tolist() == [[0, 8]]
+    radiograph.write_png(tmp_path / "x.png", np.array([[-1, 17]], dtype=np.float32), {})
+    assert radiograph.read(tmp_path / "x.png").pixels.tolist() == [[0, 16]]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
@@ -117,7 +117,7 @@ def test_refuses_a_truncated_a_missing_and_a_huge_image(
         radiograph.read(path)
     with pytest.raises(InputError, match="no file"):
         radiograph.read(tmp_path / "nothing.png")
-    with pytest.raises(InputError, match=r"is damaged|neither"):
+    with pytest.raises(InputError, match="no file"):
         radiograph.read(tmp_path)
     path.write_bytes(whole)
     for limit in (300, 100):  # Pillow warns up to twice its limit and refuses beyond

@@ -15,8 +15,8 @@ from svdrr.errors import InputError
 SCALE_KEY = "line-integral-per-count"
 """The tEXt chunk that says what a count means; a PNG with it is read back as it was written."""
 
-PNG_SCALE = 8 / 65535
-"""Line integral per count of the PNGs that we write: black is 0, white is 8, for every image."""
+PNG_SCALE = 16 / 65535
+"""Line integral per count of the PNGs that we write: black is 0, white is 16, as far as a shard's values go."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def read(path: Path) -> Radiograph:
                 upright = ImageOps.exif_transpose(image)
                 deep = upright.mode.startswith("I")
                 pixels = np.asarray(upright if deep else upright.convert("L"), dtype=np.float32)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"no file {path}: give --image an X-ray as PNG or JPEG") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is neither PNG nor JPEG: give --image an X-ray in one of these formats") from error
@@ -81,7 +81,7 @@ def to_square(line_integrals: NDArray[np.float32], size: int) -> NDArray[np.floa
 
 
 def write_png(path: Path, line_integrals: NDArray[np.float32], text: dict[str, str]) -> None:
-    """Writes [N, N] as 16-bit PNG of PNG_SCALE, clipped to 0 .. 8, with the scale and `text` as tEXt chunks."""
+    """Writes [N, N] as 16-bit PNG of PNG_SCALE, clipped to 0 .. 16, with the scale and `text` as tEXt chunks."""
     counts = np.round(line_integrals / PNG_SCALE).clip(0, 65535).astype(np.uint16)
     info = PngInfo()
     for key, value in {SCALE_KEY: repr(PNG_SCALE), **text}.items():

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging
 
 from svdrr import radiograph
 from svdrr.errors import InputError
@@ -32,6 +33,7 @@ def sample(
         raise InputError(f"{target_deg} from {source_deg} are no angles: give --theta and --phi in degrees")
     folder = model_folder(model)
     picture = radiograph.read(image)
+    logging.disable_progress_bar()  # of loading the parts; that of sampling stays
     pipeline = SVDRRPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     pixels = picture.pixels
     if picture.is_film:

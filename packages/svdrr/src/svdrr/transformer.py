@@ -101,8 +101,8 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         tokens = self.final(_modulated(self.final_norm(tokens), shift, scale))
         residual = functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.config.patch_size)
 
-        # For data of unit variance the best linear guess of the velocity is known in closed form; the network only
-        # has to find the rest, which has the size `spread` (Karras et al. 2022, eq. 7, for the straight path).
+        # For data of unit variance the best linear guess of the velocity from the noisy latent is known, and so is the
+        # size of what it misses, which is left to the network (Karras et al. 2022, eq. 7, for the straight path).
         sigma = (timestep / NUM_TIMESTEPS)[:, None, None, None]
         variance = (1 - sigma) ** 2 + sigma**2
         return (2 * sigma - 1) / variance * hidden_states + variance**-0.5 * residual

@@ -1,6 +1,6 @@
 """The autoencoder: 1-channel images of line integrals to latents and back, and what it is trained for.
 
-Intensities follow one fixed global scale, never the image's own: a line integral p of 0 .. 8 becomes x = p / 4 - 1.
+Intensities follow one fixed global scale, never the image's own: a line integral p becomes x = p / 4 - 1.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 HALF_RANGE = 4.0
-"""The line integral that becomes 0; twice as much becomes 1. A chest's is 8 or less but for a few saturated pixels."""
+"""The line integral that becomes 0; twice as much becomes 1, and more, as in some lateral views, goes on beyond."""
 
 
 def build(latent_channels: int, block_channels: tuple[int, ...], layers_per_block: int) -> AutoencoderKL:
