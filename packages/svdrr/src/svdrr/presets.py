@@ -10,6 +10,9 @@ def toy(seed: int = 0) -> TrainConfig:
     """What a laptop can train: 128-pixel views through a 64-pixel stage.
 
     svdrr train --shards shards --preset toy
+
+    2.3 minutes on two cores, on the 48 synthetic patients of `make demo`; 29.3 dB on held-out ones, where copying the
+    source has 17.9 and the mean training view 26.9. Enough for pose, outline and large organs; ribs stay blurred.
     """
     return TrainConfig(
         preset="toy",
