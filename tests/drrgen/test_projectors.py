@@ -40,7 +40,7 @@ def grid(shape, spacing_mm) -> np.ndarray:
 def test_thorax_converges_to_its_closed_form(name: str) -> None:
     """A painted phantom has sharp edges: partial-volume voxels of h mm blur each by about h, so the error falls like h.
 
-    Measured: rms 0.0018 h of the peak at h = 8 and 4 mm; a shift by half a voxel would add 0.004 h.
+    Measured: rms 0.0018 h of the peak at h = 8 and 4 mm; 0.0045 h and more with the grid off by half a voxel.
     """
     thorax = anatomy.thorax(1)
     looks = views(thorax.isocentre_mm)
@@ -59,7 +59,7 @@ def test_thorax_converges_to_its_closed_form(name: str) -> None:
 def test_joseph_converges_with_the_square_of_the_voxel_on_a_smooth_phantom() -> None:
     """A Gaussian ball's closed form is w sqrt(2 pi) s exp(-d^2 / 2 s^2) at distance d; interpolation errs like h^2.
 
-    Measured: rms 5.8e-4, 2.4e-4 (anisotropic steps), 5.6e-5 of the peak at h = 6, 3, 1.5 mm.
+    Measured: rms 6.9e-4, 2.4e-4, 5.6e-5 of the peak at h = 6, 3, 1.5 mm.
     """
     centre_mm, sigma_mm = np.array([20.0, -10.0, 30.0]), 20.0
     looks = views()
@@ -198,7 +198,7 @@ def test_markers_land_where_the_documentation_says(name: str, azimuth_deg: float
 def test_cpu_agrees_with_siddon_on_a_real_ct(real_data: Path) -> None:
     """Joseph interpolates where Siddon has steps: on 0.7 x 0.7 x 2.5 mm they differ by texture, not by level.
 
-    Measured: rms 3.0e-3 of the peak over three views, mean difference 1e-5.
+    Measured: rms 2.2e-3 of the peak over three views, mean difference 1.1e-5.
     """
     volume = dicom.read(dicom.find_series(real_data / "lidc-idri-0001")[0])
     mu = mu_per_mm(body.remove_table(volume))
@@ -206,8 +206,8 @@ def test_cpu_agrees_with_siddon_on_a_real_ct(real_data: Path) -> None:
     detector = Detector(shape=48, pixel_mm=432 / 48)
     fast, exact = (projectors.get(name)(mu, volume.voxel_from_world, looks, detector) for name in ("cpu", "siddon"))
     error = (fast - exact) / exact.max()
-    assert np.sqrt((error**2).mean()) < 5e-3
-    assert abs(error.mean()) < 2e-4
+    assert np.sqrt((error**2).mean()) < 4e-3
+    assert abs(error.mean()) < 5e-5
 
 
 def test_unknown_projectors_are_refused_with_the_choices() -> None:
