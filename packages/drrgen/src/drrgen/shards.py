@@ -199,7 +199,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = _opened(path)
-        if found := _first(_structure(self._file)):
+        if found := next(_guarded(_structure(self._file)), None):
             self._file.close()
             raise InputError(f"{path}: {found}; render it again (`drrgen validate` names all that is wrong)")
         attributes, views = self._file.attrs, self._file["views"]
@@ -242,10 +242,6 @@ def _guarded(found: Iterator[str]) -> Iterator[str]:
         yield from found
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         yield f"unreadable: {' '.join(str(error).split())}"
-
-
-def _first(found: Iterator[str]) -> str | None:
-    return next(_guarded(found), None)
 
 
 def _structure(file: h5py.File) -> Iterator[str]:

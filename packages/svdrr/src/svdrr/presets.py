@@ -28,6 +28,8 @@ def toy(seed: int = 0) -> TrainConfig:
             learning_rate=5e-3,
         ),
         model=ModelConfig(patch_size=4, num_layers=2, num_heads=4, head_dim=32),
+        # Shifted far beyond the rule of token counts: X-rays are smooth, and much of a view still shows through half
+        # noise. Against a shift of 6, 12 gained 0.5 to 1 dB at equal time.
         stages=(
             StageConfig(size=64, steps=500, batch=16, learning_rate=6e-3, shift=12.0),
             StageConfig(size=128, steps=1000, batch=16, learning_rate=4e-3, shift=12.0),
