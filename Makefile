@@ -7,7 +7,7 @@ SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
 .PHONY: demo test lint figures help
 
-demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 5 minutes)
+demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 4 minutes)
 	@cat demo/report.md
 	@echo "Picture: $(CURDIR)/demo/demo.png"
 
