@@ -7,6 +7,7 @@ import pytest
 from tests.drrgen.volumes import volume
 
 from drrgen import anatomy, body, dicom, phantom
+from drrgen.defects import SeriesRejected
 
 SHAPE, SPACING_MM = (68, 200, 200), (2.0, 2.0, 5.0)
 
@@ -36,7 +37,7 @@ def test_lungs_stay() -> None:
 
 def test_air_alone_is_refused() -> None:
     empty = volume()
-    with pytest.raises(dicom.SeriesRejected, match="keep-table"):
+    with pytest.raises(SeriesRejected, match="keep-table"):
         body.body_mask(empty.with_hu(np.full_like(empty.hu, -1000)))
 
 

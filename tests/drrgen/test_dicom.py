@@ -11,6 +11,7 @@ import SimpleITK
 from tests.drrgen.volumes import volume
 
 from drrgen import dicom, lidc
+from drrgen.defects import SeriesRejected
 from drrgen.errors import InputError
 from drrgen.volume import Volume
 
@@ -270,7 +271,7 @@ def deflated(folder: Path) -> None:
 def test_defects_are_refused_with_their_code(folder: Path, damage: Callable[[Path], None], code: str) -> None:
     damage(folder)
     (series,) = dicom.find_series(folder)
-    with pytest.raises(dicom.SeriesRejected) as refusal:
+    with pytest.raises(SeriesRejected) as refusal:
         dicom.read(series)
     assert refusal.value.code == code
     assert "\n" not in str(refusal.value)
@@ -278,7 +279,7 @@ def test_defects_are_refused_with_their_code(folder: Path, damage: Callable[[Pat
 
 def test_a_damaged_file_is_named(folder: Path) -> None:
     truncate(folder)
-    with pytest.raises(dicom.SeriesRejected, match=r"1-005\.dcm"):
+    with pytest.raises(SeriesRejected, match=r"1-005\.dcm"):
         read_only_series(folder)
 
 
@@ -290,7 +291,7 @@ def test_a_damaged_file_among_many_series_does_not_reject_them_all(folder: Path)
     (folder / "damaged.dcm").write_bytes((folder / "1-001.dcm").read_bytes()[:300])
     unknown, one, two = sorted(dicom.find_series(folder), key=lambda series: series.origin.series_uid)
     assert dicom.read(one).hu.shape == dicom.read(two).hu.shape
-    with pytest.raises(dicom.SeriesRejected, match=r"unreadable-file.*damaged\.dcm"):
+    with pytest.raises(SeriesRejected, match=r"unreadable-file.*damaged\.dcm"):
         dicom.read(unknown)
 
 
@@ -345,7 +346,7 @@ def test_interrupted_downloads_of_lidc_are_incomplete(real_data: Path) -> None:
     assert [len(one.slices) for one in found] == [84, 24, 16]
     for one, expected in zip(found, (133, 261, 140), strict=True):
         assert lidc.expected_slices(one.origin.series_uid) == expected
-        with pytest.raises(lidc.SeriesRejected, match=f"of {expected} slices"):
+        with pytest.raises(SeriesRejected, match=f"of {expected} slices"):
             lidc.check_complete(one)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from drrgen.dicom import SeriesRejected
+from drrgen.defects import Defect, SeriesRejected
 from drrgen.volume import Volume
 
 # Above this is tissue, cloth or table; below it lung, air and the foam of mattresses.
@@ -38,7 +38,7 @@ def body_mask(volume: Volume) -> NDArray[np.bool_]:
     filled = np.stack([ndimage.binary_fill_holes(image) for image in body])
     body = _large_parts(_opened(filled, SMOOTH_RADIUS_MM / pixel_mm))
     if not body.any():
-        raise SeriesRejected("no-body", "there is no body in this volume; --keep-table renders it as it is")
+        raise SeriesRejected(Defect("no-body", "there is no body in this volume; --keep-table renders it as it is"))
     grown = _eroded(~body, SKIN_MM / pixel_mm)
     mask = ~np.repeat(np.repeat(grown, factor, axis=1), factor, axis=2)
     return mask[:, : volume.hu.shape[1], : volume.hu.shape[2]]

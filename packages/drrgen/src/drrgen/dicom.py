@@ -18,6 +18,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
+from drrgen.defects import Defect, SeriesRejected
 from drrgen.errors import InputError
 from drrgen.volume import Origin, Volume
 
@@ -50,14 +51,6 @@ _DAMAGE = (
     *(AttributeError, EOFError, InvalidDicomError, KeyError, NotImplementedError, OSError, OverflowError),
     *(RuntimeError, TypeError, ValueError, struct.error),
 )
-
-
-class SeriesRejected(InputError):
-    """A CT series that cannot be trusted. `code` is short and stable, the message says what is wrong."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -217,32 +210,38 @@ def _grid(series: Series) -> tuple[list[Slice], NDArray[np.float64]]:
     """The slices by position, and world_from_voxel [4, 4]: DICOM PS3.3 C.7.6.2.1-1 with the positions' own step."""
     slices = series.slices
     if series.damaged:
-        raise SeriesRejected("unreadable-file", f"{series.damaged[0]} is DICOM, but cannot be read: get it again")
+        raise SeriesRejected(
+            Defect("unreadable-file", f"{series.damaged[0]} is DICOM, but cannot be read: get it again")
+        )
     if not series.origin.series_uid:
-        raise SeriesRejected("missing-tags", f"{len(slices)} CT slices have no SeriesInstanceUID")
+        raise SeriesRejected(Defect("missing-tags", f"{len(slices)} CT slices have no SeriesInstanceUID"))
     if series.incomplete:
-        raise SeriesRejected("missing-tags", f"{series.incomplete[0]} lacks position, orientation, spacing or size")
+        raise SeriesRejected(
+            Defect("missing-tags", f"{series.incomplete[0]} lacks position, orientation, spacing or size")
+        )
     if len(series.origins) > 1:
-        raise SeriesRejected("mixed-patient", "files of different patients or studies share one SeriesInstanceUID")
+        raise SeriesRejected(
+            Defect("mixed-patient", "files of different patients or studies share one SeriesInstanceUID")
+        )
     if len(slices) < 2:
-        raise SeriesRejected("too-few-slices", f"{len(slices)} slice is no volume")
+        raise SeriesRejected(Defect("too-few-slices", f"{len(slices)} slice is no volume"))
     if any(one.shape != slices[0].shape for one in slices):
-        raise SeriesRejected("mixed-shape", "slices of different rows or columns share one SeriesInstanceUID")
+        raise SeriesRejected(Defect("mixed-shape", "slices of different rows or columns share one SeriesInstanceUID"))
     if not all(0 < side <= MAX_SIDE for side in slices[0].shape) or len(slices) * np.prod(slices[0].shape) > MAX_VOXELS:
-        raise SeriesRejected("absurd-size", f"{len(slices)} slices of {slices[0].shape} pixels")
+        raise SeriesRejected(Defect("absurd-size", f"{len(slices)} slices of {slices[0].shape} pixels"))
     orientations = np.array([one.orientation for one in slices])
     if np.ptp(orientations, axis=0).max() > COSINE_TOLERANCE:
-        raise SeriesRejected("mixed-orientation", "slices of different orientation share one SeriesInstanceUID")
+        raise SeriesRejected(Defect("mixed-orientation", "slices of different orientation share one SeriesInstanceUID"))
     spacings = np.array([one.spacing_mm for one in slices])
     if not (SPACING_MM[0] <= spacings.min() and spacings.max() <= SPACING_MM[1]):
-        raise SeriesRejected("absurd-size", f"PixelSpacing of {spacings.min():g} to {spacings.max():g} mm")
+        raise SeriesRejected(Defect("absurd-size", f"PixelSpacing of {spacings.min():g} to {spacings.max():g} mm"))
     if np.ptp(spacings, axis=0).max() > STEP_TOLERANCE * spacings.min():
-        raise SeriesRejected("mixed-spacing", "slices of different PixelSpacing share one SeriesInstanceUID")
+        raise SeriesRejected(Defect("mixed-spacing", "slices of different PixelSpacing share one SeriesInstanceUID"))
 
     along_row, along_column = orientations[0, :3], orientations[0, 3:]
     lengths = np.array([along_row @ along_row, along_column @ along_column, 1 + along_row @ along_column])
     if np.abs(lengths - 1).max() > COSINE_TOLERANCE:
-        raise SeriesRejected("bad-orientation", "ImageOrientationPatient is not two orthogonal unit vectors")
+        raise SeriesRejected(Defect("bad-orientation", "ImageOrientationPatient is not two orthogonal unit vectors"))
     normal = np.cross(along_row, along_column)
     positions = np.array([one.position_mm for one in slices])
     order = np.argsort(positions @ normal, kind="stable")
@@ -253,7 +252,7 @@ def _grid(series: Series) -> tuple[list[Slice], NDArray[np.float64]]:
     between_rows, between_columns = spacings[0]
     drift = np.diff(positions, axis=0) - np.outer(steps, normal)
     if np.linalg.norm(drift, axis=1).max() > DRIFT_TOLERANCE_PX * spacings.min():
-        raise SeriesRejected("gantry-tilt", "slices are shifted sideways: the gantry was tilted")
+        raise SeriesRejected(Defect("gantry-tilt", "slices are shifted sideways: the gantry was tilted"))
 
     world_from_voxel = np.eye(4)
     world_from_voxel[:3, 0] = along_row * between_columns
@@ -267,17 +266,21 @@ def _check_steps(steps: NDArray[np.float64], step: float) -> None:
     tolerance = max(STEP_TOLERANCE * step, STEP_TOLERANCE_MM)
     if steps.min() < STEP_TOLERANCE_MM:
         raise SeriesRejected(
-            "duplicate-position", f"{int((steps < STEP_TOLERANCE_MM).sum())} slices lie on another one"
+            Defect("duplicate-position", f"{int((steps < STEP_TOLERANCE_MM).sum())} slices lie on another one")
         )
     if (np.abs(steps - step) <= tolerance).all():
         if step > SPACING_MM[1]:
-            raise SeriesRejected("absurd-size", f"steps of {step:g} mm between slices")
+            raise SeriesRejected(Defect("absurd-size", f"steps of {step:g} mm between slices"))
         return
     whole = np.rint(steps / step)
     regular = np.abs(steps - whole * step) <= np.maximum(whole, 1) * tolerance
     if regular.all() and whole.min() >= 1 and steps.max() <= MAX_GAP_MM:
-        raise SeriesRejected("missing-slices", f"{int((whole - 1).sum())} slices are missing between the others")
-    raise SeriesRejected("non-uniform-spacing", f"steps of {steps.min():.3f} to {steps.max():.3f} mm between slices")
+        raise SeriesRejected(
+            Defect("missing-slices", f"{int((whole - 1).sum())} slices are missing between the others")
+        )
+    raise SeriesRejected(
+        Defect("non-uniform-spacing", f"steps of {steps.min():.3f} to {steps.max():.3f} mm between slices")
+    )
 
 
 def _hounsfield(one: Slice) -> NDArray[np.int16]:
@@ -287,7 +290,7 @@ def _hounsfield(one: Slice) -> NDArray[np.int16]:
             return _decoded(one)
     except _DAMAGE as error:
         reason = " ".join(str(error).split())
-        raise SeriesRejected("undecodable-file", f"{one.path}: {reason}") from error
+        raise SeriesRejected(Defect("undecodable-file", f"{one.path}: {reason}")) from error
 
 
 def _decoded(one: Slice) -> NDArray[np.int16]:

@@ -5,7 +5,8 @@ import importlib.util
 import sqlite3
 from pathlib import Path
 
-from drrgen.dicom import Series, SeriesRejected
+from drrgen.defects import Defect, SeriesRejected
+from drrgen.dicom import Series
 
 LICENCE = "CC BY 3.0"
 ATTRIBUTION = (
@@ -39,7 +40,8 @@ def check_complete(series: Series) -> None:
     """Raise SeriesRejected where LIDC-IDRI has more slices of this series than were found: an interrupted download."""
     expected = expected_slices(series.origin.series_uid)
     if expected is not None and len(series.slices) < expected:
-        raise SeriesRejected("incomplete", f"{len(series.slices)} of {expected} slices are here: download it again")
+        message = f"{len(series.slices)} of {expected} slices are here: download it again"
+        raise SeriesRejected(Defect("incomplete", message))
 
 
 def database() -> Path | None:

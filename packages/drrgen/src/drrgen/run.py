@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from drrgen import anatomy, attenuation, body, dicom, grid, lidc, phantom, projectors, shards
 from drrgen.config import RenderConfig
+from drrgen.defects import SeriesRejected
 from drrgen.errors import InputError
 from drrgen.geometry import Views
 from drrgen.render import render
@@ -48,7 +49,7 @@ def render_folder(ct_dir: Path, out: Path, config: RenderConfig, overwrite: bool
                 lidc.check_complete(one)
                 _render_series(one, out / shards.file_name(one.origin), config, bar)
                 summary.rendered += 1
-            except dicom.SeriesRejected as error:
+            except SeriesRejected as error:
                 bar.total -= num_views
                 bar.write(f"rejected {one.origin.patient_id} {one.origin.series_uid}: {error}", file=sys.stderr)
                 summary.rejected += 1
