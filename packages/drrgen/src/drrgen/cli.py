@@ -1,5 +1,6 @@
 """The command line: text in, one call into the library, one clear line out. Heavy imports wait until a command runs."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ app = typer.Typer(
 def main() -> None:
     """Exit code 0: done. 1: some of the work was refused, each refusal with its line. 2: bad input, one line."""
     sys.excepthook, sys.unraisablehook = _report_bug, lambda _: None
+    warnings_to_user = logging.StreamHandler()
+    warnings_to_user.setFormatter(logging.Formatter("drrgen: %(message)s"))
+    logging.getLogger("drrgen").handlers = [warnings_to_user]
     try:
         typer.main.get_command(app)()  # app() would set an excepthook of its own
     except InputError as error:
@@ -55,8 +59,27 @@ def phantom(
 
 
 @app.command()
+def scan(
+    ct_dir: Annotated[Path, typer.Option(help="Folder with CTs, in any layout: DICOM, NIfTI, MetaImage, NRRD.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """List every CT below a folder: what is there, what is missing or wrong, and whether `render` takes it.
+
+    Exit code 0 where something is usable, 1 where nothing is.
+    """
+    from drrgen import catalog, listing
+
+    entries = catalog.scan(ct_dir)
+    if as_json:
+        print(listing.to_json(entries))
+    else:
+        listing.print_table(entries, ct_dir)
+    sys.exit(0 if any(not one.refused("repair") for one in entries) else 1)
+
+
+@app.command()
 def render(
-    ct_dir: Annotated[Path, typer.Option(help="Folder with CT series, in any layout.")],
+    ct_dir: Annotated[Path, typer.Option(help="Folder with CTs, in any layout: DICOM, NIfTI, MetaImage, NRRD.")],
     grid: Annotated[str, typer.Option(help="Directions: 5deg, fibonacci:3000 ...")] = "5deg",
     out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("shards"),
     size: Annotated[int, typer.Option(help="Pixels per side of the largest level.")] = 512,
@@ -68,19 +91,25 @@ def render(
     geometry: Annotated[str, typer.Option(help="chest, portable, carm or lidc-idri-drr.")] = "chest",
     projector: Annotated[str, typer.Option(help="auto, cpu or siddon (the slow reference).")] = "auto",
     keep_table: Annotated[bool, typer.Option("--keep-table", help="Do not remove what lies outside the body.")] = False,
+    on_defect: Annotated[str, typer.Option(help="Series with defects: reject or, where possible, repair.")] = "reject",
+    dataset_name: Annotated[str | None, typer.Option(help="Name of the data set, for the shards.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the CTs. [default: known for LIDC-IDRI]")] = None,
+    attribution: Annotated[str | None, typer.Option(help="Whom to cite for them. [default: as above]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render finished shards again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
 ) -> None:
-    """Render every CT series below a folder to a shard. The same command goes on where it was stopped."""
+    """Render every CT below a folder to a shard. The same command goes on where it was stopped."""
     from drrgen.config import RenderConfig
 
-    config = RenderConfig(grid, azimuth, elevation, size, _sizes(levels), geometry, projector, keep_table)
+    sizes = _sizes(levels)
+    origin = (dataset_name, licence, attribution)
+    config = RenderConfig(grid, azimuth, elevation, size, sizes, geometry, projector, keep_table, *origin)
     if dry_run:
         print(config.to_json())
         return
     from drrgen import run
 
-    summary = run.render_folder(ct_dir, out, config, overwrite)
+    summary = run.render_folder(ct_dir, out, config, on_defect, overwrite)
     print(
         f"{summary.rendered} rendered by {config.projector}, {summary.skipped} already finished, "
         f"{summary.rejected} rejected; shards in {out}"

@@ -14,7 +14,10 @@ MAX_SIZE = 4096
 
 @dataclass(frozen=True)
 class RenderConfig:
-    """All that the pixels depend on beside the CT. `levels`, from the largest on; None for every halving down to 64."""
+    """All that a shard depends on beside the CT. `levels`, from the largest on; None for every halving down to 64.
+
+    dataset, licence, attribution: of CTs that do not say themselves where they come from.
+    """
 
     grid: str = "5deg"
     azimuth: str = "-180:180"
@@ -24,6 +27,9 @@ class RenderConfig:
     geometry: str = "chest"
     projector: str = "auto"
     keep_table: bool = False
+    dataset: str | None = None
+    licence: str | None = None
+    attribution: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_SIZE:

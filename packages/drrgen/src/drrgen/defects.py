@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from drrgen.errors import InputError
 
+# What is done about a series with defects: it is refused, or repaired where every one of them can be.
+POLICIES = ("reject", "repair")
+
 
 @dataclass(frozen=True)
 class Defect:
@@ -33,3 +36,8 @@ class SeriesRejected(InputError):
 
     def __reduce__(self) -> tuple[type, tuple[Defect, ...]]:
         return type(self), self.defects  # it crosses from the decoding process as it is
+
+
+def printable(text: object) -> str:
+    """A text from outside (a tag, a path) as far as it can be shown on one line."""
+    return "".join(letter for letter in str(text) if letter.isprintable())

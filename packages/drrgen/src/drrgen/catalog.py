@@ -1,0 +1,142 @@
+"""What lies in a folder of CTs: every series and volume file, judged, and read if it is fit to be."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from drrgen import dicom, lidc, volumefile
+from drrgen.defects import Defect, SeriesRejected
+from drrgen.dicom.stack import Decode
+from drrgen.errors import InputError
+from drrgen.volume import Origin, Volume
+
+VERDICTS = ("complete", "accepted", "repairable", "incomplete", "rejected", "copy")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One CT and what is to be thought of it. num_expected: slices that LIDC-IDRI has of it; None where unknown.
+
+    shape: slices, rows, columns of the volume it makes, and spacing_mm: along column, row, slice; None where it makes
+    none. copy_of: the folder or file of an entry of the same series that is used instead.
+    """
+
+    source: dicom.Series | volumefile.VolumeFile
+    origin: Origin
+    path: Path
+    num_files: int
+    num_slices: int
+    num_expected: int | None
+    shape: tuple[int, int, int] | None
+    spacing_mm: tuple[float, ...] | None
+    defects: tuple[Defect, ...]
+    stack: dicom.Stack | None = None
+    copy_of: Path | None = None
+
+    @property
+    def verdict(self) -> str:
+        """One of VERDICTS. complete: as in LIDC-IDRI; accepted: nothing is wrong, as far as the CT itself can tell."""
+        if self.copy_of is not None:
+            return "copy"
+        if not self.defects:
+            return "accepted" if self.num_expected is None else "complete"
+        if all(one.repair for one in self.defects):
+            return "repairable"
+        return "incomplete" if any(one.code == "incomplete" for one in self.defects) else "rejected"
+
+    @property
+    def extent_mm(self) -> tuple[float, ...] | None:
+        """Along column, row and slice."""
+        if self.shape is None or self.spacing_mm is None:
+            return None
+        return tuple(count * step for count, step in zip(reversed(self.shape), self.spacing_mm, strict=True))
+
+    def refused(self, on_defect: str) -> list[Defect]:
+        """The defects that forbid its use under a policy, "reject" or "repair"."""
+        return [one for one in self.defects if on_defect == "reject" or one.repair is None]
+
+
+def scan(directory: Path) -> list[Entry]:
+    """Every CT below a folder, sorted by patient, series and path. Raises InputError where there is none."""
+    if problem := lidc.problem():
+        _log.warning(problem)
+    files = list(dicom.walk(directory))
+    with dicom.Decoder() as decode:
+        entries = [_series_entry(one, decode) for one in dicom.find_series(directory, files)]
+    entries += [_file_entry(one.path, directory) for one in files if volumefile.is_volume_file(one.path)]
+    if not entries:
+        raise InputError(f"--ct-dir {directory}: no CT in there; point it at a folder of DICOM series or NIfTI files")
+    return _without_copies(sorted(entries, key=lambda one: (one.origin.patient_id, one.origin.series_uid, one.path)))
+
+
+def read(entry: Entry, on_defect: str, decode: Decode) -> Volume:
+    """The volume of an entry. Raises SeriesRejected where it has defects that the policy, or nothing, can cure."""
+    if refused := entry.refused(on_defect):
+        raise SeriesRejected(*refused)
+    if isinstance(entry.source, volumefile.VolumeFile):
+        return replace(volumefile.read(entry.source), origin=entry.origin)
+    return dicom.read_stack(entry.source, entry.stack, entry.defects, on_defect, decode)
+
+
+def summary(entries: list[Entry]) -> str:
+    """One line: how many there are of each verdict."""
+    counts = Counter(one.verdict for one in entries)
+    patients = len({one.origin.patient_id for one in entries})
+    parts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
+    return f"{len(entries)} CT series of {patients} patients: {', '.join(parts)}"
+
+
+def _series_entry(series: dicom.Series, decode: Decode) -> Entry:
+    defects, stack = dicom.examine(series, decode)
+    uid = series.origin.series_uid
+    if incomplete := lidc.incomplete(uid, [one.position_mm[2] for one in series.slices]):
+        if any(one.code == "outlier-end-slice" for one in defects):
+            incomplete = replace(incomplete, repair=None)  # a gap too long to bridge, not a slice too much
+        defects.insert(0, incomplete)
+    return Entry(
+        source=series,
+        origin=series.origin,
+        path=series.folder,
+        num_files=series.num_files,
+        num_slices=len(series.slices),
+        num_expected=lidc.expected_slices(uid),
+        shape=stack and stack.shape,
+        spacing_mm=stack and tuple(np.linalg.norm(stack.world_from_voxel[:3, :3], axis=0).tolist()),
+        defects=tuple(defects),
+        stack=stack,
+    )
+
+
+def _file_entry(path: Path, directory: Path) -> Entry:
+    file = volumefile.examine(path, directory)
+    known_patient = lidc.patient_id(file.origin.series_uid)
+    return Entry(
+        source=file,
+        origin=replace(file.origin, patient_id=known_patient) if known_patient else file.origin,
+        path=path,
+        num_files=1,
+        num_slices=file.shape[0],
+        num_expected=None,  # a file may be resampled: it does not have to have the slices of the scan
+        shape=file.shape if not file.defects else None,
+        spacing_mm=file.spacing_mm if not file.defects else None,
+        defects=file.defects,
+    )
+
+
+def _without_copies(entries: list[Entry]) -> list[Entry]:
+    """Of several usable entries of one series, the one with the fewest defects and the most slices is used."""
+    used: dict[str, Path] = {}
+    for one in sorted(entries, key=lambda one: (len(one.defects), -one.num_slices)):
+        if not one.refused("repair"):
+            used.setdefault(one.origin.series_uid, one.path)
+
+    def marked(one: Entry) -> Entry:
+        other = used.get(one.origin.series_uid, one.path)
+        return one if other == one.path or one.refused("repair") else replace(one, copy_of=other)
+
+    return [marked(one) for one in entries]

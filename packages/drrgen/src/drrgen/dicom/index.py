@@ -1,0 +1,163 @@
+"""Which CT series lie below a folder: in any layout, by tags alone, headers only, and remembered for the next time."""
+
+import logging
+import multiprocessing
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from drrgen.dicom import cache
+from drrgen.dicom.headers import Header, read_header
+from drrgen.dicom.series import Series, Slice, Unusable
+from drrgen.errors import InputError
+from drrgen.volume import Origin
+
+# One task of a reading process, and of one transaction of the cache.
+_CHUNK = 256
+# Starting processes takes about a second: for fewer files than this it is not worth it.
+_MIN_PARALLEL = 2000
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A regular file; `stamp`, its size and time of change in ns, is what the cache knows it by."""
+
+    path: Path
+    stamp: cache.Stamp
+
+
+def walk(directory: Path) -> Iterator[File]:
+    """Regular files below a folder, in order. Links are not followed; what is hidden is passed over.
+
+    Raises InputError where there is no such folder. A folder below that cannot be listed is named in the log.
+    """
+    if not directory.is_dir():
+        raise InputError(f"--ct-dir {directory}: there is no such folder")
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except OSError as error:
+        _log.warning("%s: cannot be listed (%s): what is in it goes unseen", directory, error.strerror)
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            status = entry.stat(follow_symlinks=False)
+            yield File(Path(entry.path), (status.st_size, status.st_mtime_ns))
+
+
+def find_series(directory: Path, files: Iterable[File] | None = None) -> list[Series]:
+    """All series of CT images below a folder, sorted by patient and series. files: those that `walk` found, if known.
+
+    Files that are no CT images (CR and DX, scouts, XML, licences) are passed over. Unreadable DICOM files count to the
+    series that has their folder for itself; where there is none, they are a series of an unknown patient. Two folders
+    that hold the same slices are two copies of a series, two that hold different slices are one series.
+    """
+    headers = _headers(directory, walk(directory) if files is None else files)
+    by_series: dict[str, dict[Path, list[Header]]] = defaultdict(lambda: defaultdict(list))
+    lost: dict[Path, list[Unusable]] = defaultdict(list)
+    for header in headers:
+        if header.origin is not None:
+            by_series[header.origin.series_uid][header.content.path.parent].append(header)
+        elif isinstance(header.content, Unusable):
+            lost[header.content.path.parent].append(header.content)
+    groups = [group for folders in by_series.values() for group in _copies(folders)]
+
+    owners: dict[Path, list[int]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        for folder in {header.content.path.parent for header in group}:
+            owners[folder].append(number)
+    unusable: dict[int, list[Unusable]] = defaultdict(list)
+    found = []
+    for folder, ones in lost.items():
+        if len(owners[folder]) == 1:
+            unusable[owners[folder][0]] += ones
+        else:
+            found.append(Series((Origin("unknown", "", ""),), (), tuple(ones)))
+    found += [_series(group, unusable[number]) for number, group in enumerate(groups)]
+    return sorted(found, key=lambda one: (one.origin.patient_id, one.origin.series_uid, one.folder))
+
+
+def _series(headers: list[Header], lost: list[Unusable]) -> Series:
+    # manufacturer, kernel and the like may vary within a series; whose scan it is may not
+    origins = {(one.origin.patient_id, one.origin.study_uid): one.origin for one in headers if one.origin is not None}
+    contents = [header.content for header in headers]
+    return Series(
+        origins=tuple(origins.values()),
+        slices=tuple(one for one in contents if isinstance(one, Slice)),
+        unusable=tuple(one for one in contents if isinstance(one, Unusable)) + tuple(lost),
+    )
+
+
+def _copies(folders: dict[Path, list[Header]]) -> list[list[Header]]:
+    """The headers of one SeriesInstanceUID, folders that hold no slice twice put together."""
+    copies: list[tuple[set[str], list[Header]]] = []
+    for _, headers in sorted(folders.items()):
+        uids = {header.content.sop_uid for header in headers if isinstance(header.content, Slice)}
+        for known, group in copies:
+            if not known & uids:
+                known |= uids
+                group += headers
+                break
+        else:
+            copies.append((uids, headers))
+    return [group for _, group in copies]
+
+
+def _headers(directory: Path, files: Iterable[File]) -> list[Header]:
+    """The headers of all CT files, those unchanged since the last time from the cache."""
+    names = {os.fsencode(os.path.relpath(file.path, directory)): file for file in files}
+    headers: list[Header | None] = []
+    origins: dict[tuple, Origin] = {}
+    with cache.opened(directory) as kept:
+        known = kept.known()
+        new = dict(names)
+        for name, (stamp, text) in known.items():
+            if name in names and names[name].stamp == stamp:
+                try:
+                    headers.append(cache.restored(names[name].path, text, origins))
+                except (IndexError, KeyError, TypeError, ValueError):
+                    continue  # not as it was written: read the file again
+                del new[name]
+        kept.forget(known.keys() - names.keys())
+        with tqdm(total=len(new), unit="file", desc="indexing", delay=1) as bar:
+            for chunk, read in _read(new):
+                kept.add((name, new[name].stamp, header) for name, header in zip(chunk, read, strict=True))
+                headers += read
+                bar.update(len(chunk))
+    return [header for header in headers if header is not None]
+
+
+def _read(files: dict[bytes, File]) -> Iterator[tuple[list[bytes], list[Header | None]]]:
+    """Chunks of names with their headers, read by one process per core where there are many."""
+    names = list(files)
+    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
+    paths = [[files[name].path for name in chunk] for chunk in chunks]
+    if len(names) < _MIN_PARALLEL:
+        yield from zip(chunks, map(_read_chunk, paths), strict=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=context, initializer=_ignore_interrupts) as pool:
+        try:
+            yield from zip(chunks, pool.map(_read_chunk, paths), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_chunk(paths: Iterable[Path]) -> list[Header | None]:
+    return [read_header(path) for path in paths]
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; the main one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
