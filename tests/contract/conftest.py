@@ -13,6 +13,6 @@ def shard_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("contract")
     write_phantoms(folder / "ct", patients=1, seed=0, matrix=64, table=False)
     config = RenderConfig(grid="45deg", elevation="-45:45", size=64, levels=(64, 32))
-    render_folder(folder / "ct", folder / "shards", config, overwrite=False)
+    render_folder(folder / "ct", folder / "shards", config, on_defect="reject", overwrite=False)
     (path,) = (folder / "shards").iterdir()
     return path

@@ -189,5 +189,28 @@ def test_golden_shards_stay_readable(path: Path) -> None:
         assert schema.violations(file) == []
 
 
+def test_the_golden_shard_of_1_1_has_nodules_in_every_dataset_of_the_document() -> None:
+    with h5py.File(GOLDEN / "1.1" / "tiny.h5") as file:
+        paths = [row.path for row in schema.datasets() if row.path.startswith("/nodules/")]
+        assert len(paths) == 13
+        for path in paths:
+            for size in (64, 32):
+                assert file[path.replace("<size>", str(size))].size > 0
+        assert file["nodules/readers"][:].tolist() == [4, 1]
+        assert file["nodules/ratings/malignancy"][:].tolist() == [[5, 4, 4, 3], [2, 0, 0, 0]]
+        assert file.attrs["dataset"] == "drrgen phantoms"
+
+
+def test_nodules_are_cut_out_as_the_document_prints_it() -> None:
+    """The first nodule's box is columns 39.8 to 43.1, rows 33.2 to 36.5; the second's lies left of the image."""
+    text = (schema.DOCS / "how-to" / "nodules.md").read_text()
+    scope: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], scope)
+    path = GOLDEN / "1.1" / "tiny.h5"
+    found = scope["cut_out"](path, 64, 0, 0, margin=1)
+    assert np.array_equal(found, svdrr.shards.open_shard(path).images(64, [0])[0][32:38, 39:45])
+    assert scope["cut_out"](path, 64, 0, 1, margin=1).size == 0
+
+
 def test_there_is_a_golden_shard_of_this_version() -> None:
     assert list((GOLDEN / schema.version()).glob("*.h5"))

@@ -1,6 +1,6 @@
 """Ways in which a CT series on disk goes wrong: each takes a folder that `drrgen.dicom.write_series` made.
 
-Its files are `1-001.dcm` ..., the topmost slice first. Where one slice goes wrong it is the fifth, or the text says which.
+Its files are `1-001.dcm` ..., the topmost slice first. One that goes wrong is the fifth, or the text says which.
 """
 
 import shutil

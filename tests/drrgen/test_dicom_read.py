@@ -11,6 +11,7 @@ from tests.drrgen.volumes import volume
 from drrgen import dicom
 from drrgen.defects import SeriesRejected
 from drrgen.volume import HU_CLAMP, Volume
+from drrgen.worker import Worker
 
 
 @pytest.fixture
@@ -126,36 +127,36 @@ def test_a_series_that_is_written_again_leaves_nothing_of_the_old_one(folder: Pa
 
 def test_another_process_decodes_the_same(folder: Path, written: Volume) -> None:
     (series,) = dicom.find_series(folder)
-    with dicom.Decoder() as decode:
+    with Worker() as worker:
         for _ in range(2):  # the process serves any number of series
-            assert np.array_equal(dicom.read(series, decode=decode).hu, written.hu)
+            assert np.array_equal(dicom.read(series, decode=dicom.decoder(worker)).hu, written.hu)
 
 
 def test_a_file_that_goes_bad_after_it_was_indexed_is_named(folder: Path) -> None:
     (series,) = dicom.find_series(folder)
     damage.truncate(folder)
-    with dicom.Decoder() as decode:
+    with Worker() as worker:
         with pytest.raises(SeriesRejected, match=r"undecodable-file: 1-005\.dcm"):
-            dicom.read(series, decode=decode)
+            dicom.read(series, decode=dicom.decoder(worker))
         with pytest.raises(SeriesRejected, match=r"undecodable-file: 1-005\.dcm"):
             dicom.read(series)
 
 
 def test_a_crash_of_the_decoder_costs_one_series(folder: Path, written: Volume, tmp_path: Path) -> None:
     (series,) = dicom.find_series(folder)
-    with dicom.Decoder() as decode:
-        images = decode(series.slices)
+    with Worker() as worker:
+        images = dicom.decoder(worker)(series.slices)
         next(images)
-        decode._process.kill()
+        worker._process.kill()
         with pytest.raises(SeriesRejected, match=r"undecodable-file: .*crashed"):
             list(images)
-        assert np.array_equal(dicom.read(series, decode=decode).hu, written.hu)
+        assert np.array_equal(dicom.read(series, decode=dicom.decoder(worker)).hu, written.hu)
 
 
 def test_a_decoder_that_hangs_is_ended(folder: Path, written: Volume) -> None:
     (series,) = dicom.find_series(folder)
-    with dicom.Decoder(limit_s=0.0) as decode, pytest.raises(SeriesRejected, match="did not finish in 0 seconds"):
-        dicom.read(series, decode=decode)
+    with Worker(limit_s=0.0) as worker, pytest.raises(SeriesRejected, match="did not finish in 0 seconds"):
+        dicom.read(series, decode=dicom.decoder(worker))
 
 
 def test_lidc_0001_is_read_as_it_is_known(real_data: Path) -> None:

@@ -11,6 +11,7 @@ from tests.drrgen.volumes import volume
 from drrgen import shards
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views
+from drrgen.nodules import RATINGS, AnnotatedNodule
 from drrgen.render import quantised, render
 from drrgen.volume import Volume
 
@@ -24,7 +25,7 @@ def pyramid(num_views: int = 3, seed: int = 0) -> dict[int, shards.Images]:
     return {16: fine, 8: shards.halved(fine)}
 
 
-def create(path: Path, about: Volume | None = None):
+def create(path: Path, about: Volume | None = None, **known):
     return shards.create(
         path,
         about or volume(),
@@ -34,11 +35,12 @@ def create(path: Path, about: Volume | None = None):
         config_json='{"grid": "x"}',
         licence="none",
         attribution="nobody",
+        **known,
     )
 
 
-def write(path: Path) -> Path:
-    with create(path) as writer:
+def write(path: Path, **known) -> Path:
+    with create(path, **known) as writer:
         for batch in (slice(0, 2), slice(2, 3)):
             writer.append({size: images[batch] for size, images in pyramid().items()})
     return path
@@ -47,6 +49,87 @@ def write(path: Path) -> Path:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return write(tmp_path / "a.h5")
+
+
+def nodule(x: float, num_readers: int) -> AnnotatedNodule:
+    """A cube of 20 mm around (x, 0, 0)."""
+    corners = np.stack(np.meshgrid([x - 10, x + 10], [-10, 10], [-10.0, 10]), -1).reshape(-1, 3)
+    ratings = {name: tuple(range(1, num_readers + 1)) for name in RATINGS}
+    return AnnotatedNodule(corners, np.array([x, 0, 0]), 28.3, num_readers, ratings)
+
+
+@pytest.fixture
+def with_nodules(tmp_path: Path) -> Path:
+    """The second nodule lies beyond the images."""
+    return write(tmp_path / "nodules.h5", nodules=[nodule(0, 3), nodule(100, 1)], dataset="LIDC-IDRI")
+
+
+def test_nodules_are_written_for_every_view_and_level(with_nodules: Path) -> None:
+    assert shards.violations(with_nodules) == []
+    with shards.Shard(with_nodules) as shard:
+        fine, coarse = shard.boxes(16), shard.boxes(8)
+    # the face at the source is magnified by 1800 / (1640 - 10), to 11.04 mm or 2.76 pixels
+    assert fine[0, 0] == pytest.approx(7.5 + 1800 / 1630 * 10 / 4 * np.array([-1, -1, 1, 1]))
+    assert coarse[0, 0] == pytest.approx(3.5 + 1800 / 1630 * 10 / 8 * np.array([-1, -1, 1, 1]))
+    assert fine[0, 1, 0] > 16
+    assert fine.shape == coarse.shape == (3, 2, 4)
+    with h5py.File(with_nodules) as file:
+        assert file["nodules/readers"][:].tolist() == [3, 1]
+        assert file["nodules/ratings/malignancy"][:].tolist() == [[1, 2, 3, 0], [1, 0, 0, 0]]
+        assert file["nodules/centroid_mm"][:].tolist() == [[0, 0, 0], [100, 0, 0]]
+        assert file["nodules/diameter_mm"][:].tolist() == [28.3, 28.3]
+        assert file.attrs["dataset"] == "LIDC-IDRI"
+
+
+def test_no_nodules_are_not_the_same_as_nothing_known(path: Path, tmp_path: Path) -> None:
+    none = write(tmp_path / "none.h5", nodules=[])
+    assert shards.violations(none) == []
+    with shards.Shard(path) as unknown, shards.Shard(none) as known:
+        assert unknown.boxes(16) is None
+        assert known.boxes(8).shape == (3, 0, 4)
+    with h5py.File(path) as file:
+        assert "nodules" not in file
+        assert "dataset" not in file.attrs
+
+
+def changed(path: str, change):
+    """Another dataset in the place of one."""
+
+    def damage(file: h5py.File) -> None:
+        old = file[path][:]
+        del file[path]
+        file[path] = change(old)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (changed("nodules/readers", lambda old: old.astype(np.int64)), "nodules/readers: not uint8 (2,)"),
+        (changed("nodules/diameter_mm", lambda old: old[:1]), "nodules/diameter_mm: not float64 (2,)"),
+        (changed("nodules/centroid_mm", lambda old: old[0]), "nodules/centroid_mm: not float64"),
+        (changed("nodules/ratings/margin", lambda old: old[:, :3]), "nodules/ratings/margin: not uint8 (2, 4)"),
+        (changed("nodules/boxes/8", lambda old: old[:2]), "nodules/boxes/8: not float32 (3, 2, 4)"),
+        (changed("nodules/boxes/16", lambda old: old * np.nan), "nodules/boxes/16: not finite"),
+        (changed("nodules/boxes/8", lambda old: old + 1), "nodules/boxes/8: not the boxes of the largest level"),
+        (changed("nodules/centroid_mm", lambda old: old + 20), "nodules/boxes/16: a centroid is not in its box"),
+        (changed("nodules/boxes/16", lambda old: old[..., [2, 3, 0, 1]]), "a centroid is not in its box"),
+        (lambda file: file.attrs.__setitem__("dataset", 1), "attribute dataset is"),
+    ],
+)
+def test_every_damage_to_nodules_is_named(with_nodules: Path, damage, expected: str) -> None:
+    with h5py.File(with_nodules, "r+") as file:
+        damage(file)
+    assert any(expected in line for line in shards.violations(with_nodules)), shards.violations(with_nodules)
+
+
+def test_part_of_what_may_be_known_of_nodules_is_sound(with_nodules: Path) -> None:
+    """As schema 1.0 had it: each dataset MAY be there."""
+    with h5py.File(with_nodules, "r+") as file:
+        for name in ("centroid_mm", "readers", "ratings", "boxes/16"):
+            del file["nodules"][name]
+    assert shards.violations(with_nodules) == []
 
 
 def test_a_finished_shard_is_sound_and_alone(path: Path) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from drrgen import dicom, lidc, volumefile
 from drrgen.defects import Defect, SeriesRejected
-from drrgen.dicom.stack import Decode
 from drrgen.errors import InputError
 from drrgen.volume import Origin, Volume
+from drrgen.worker import Worker
 
 VERDICTS = ("complete", "accepted", "repairable", "incomplete", "rejected", "copy")
 
@@ -66,21 +66,21 @@ def scan(directory: Path) -> list[Entry]:
     if problem := lidc.problem():
         _log.warning(problem)
     files = list(dicom.walk(directory))
-    with dicom.Decoder() as decode:
-        entries = [_series_entry(one, decode) for one in dicom.find_series(directory, files)]
+    with Worker() as worker:
+        entries = [_series_entry(one, dicom.decoder(worker)) for one in dicom.find_series(directory, files)]
     entries += [_file_entry(one.path, directory) for one in files if volumefile.is_volume_file(one.path)]
     if not entries:
         raise InputError(f"--ct-dir {directory}: no CT in there; point it at a folder of DICOM series or NIfTI files")
     return _without_copies(sorted(entries, key=lambda one: (one.origin.patient_id, one.origin.series_uid, one.path)))
 
 
-def read(entry: Entry, on_defect: str, decode: Decode) -> Volume:
+def read(entry: Entry, on_defect: str, worker: Worker) -> Volume:
     """The volume of an entry. Raises SeriesRejected where it has defects that the policy, or nothing, can cure."""
     if refused := entry.refused(on_defect):
         raise SeriesRejected(*refused)
     if isinstance(entry.source, volumefile.VolumeFile):
-        return replace(volumefile.read(entry.source), origin=entry.origin)
-    return dicom.read_stack(entry.source, entry.stack, entry.defects, on_defect, decode)
+        return replace(volumefile.read(entry.source, worker), origin=entry.origin)
+    return dicom.read_stack(entry.source, entry.stack, entry.defects, on_defect, dicom.decoder(worker))
 
 
 def summary(entries: list[Entry]) -> str:
@@ -91,7 +91,7 @@ def summary(entries: list[Entry]) -> str:
     return f"{len(entries)} CT series of {patients} patients: {', '.join(parts)}"
 
 
-def _series_entry(series: dicom.Series, decode: Decode) -> Entry:
+def _series_entry(series: dicom.Series, decode: dicom.Decode) -> Entry:
     defects, stack = dicom.examine(series, decode)
     uid = series.origin.series_uid
     if incomplete := lidc.incomplete(uid, [one.position_mm[2] for one in series.slices]):
@@ -105,8 +105,8 @@ def _series_entry(series: dicom.Series, decode: Decode) -> Entry:
         num_files=series.num_files,
         num_slices=len(series.slices),
         num_expected=lidc.expected_slices(uid),
-        shape=stack and stack.shape,
-        spacing_mm=stack and tuple(np.linalg.norm(stack.world_from_voxel[:3, :3], axis=0).tolist()),
+        shape=None if stack is None else stack.shape,
+        spacing_mm=None if stack is None else tuple(np.linalg.norm(stack.world_from_voxel[:3, :3], axis=0).tolist()),
         defects=tuple(defects),
         stack=stack,
     )

@@ -13,6 +13,7 @@ from drrgen.errors import InputError
 from drrgen.geometry import Views
 from drrgen.render import render
 from drrgen.volume import Volume
+from drrgen.worker import Worker
 
 _PHANTOM_MANUFACTURER = "drrgen phantom"
 # What a phantom's CT covers: the field of view in plane, and its length.
@@ -43,11 +44,11 @@ def render_folder(ct_dir: Path, out: Path, config: RenderConfig, on_defect: str,
     todo = [one for one in entries if overwrite or not _is_finished(out / shards.file_name(one.origin), config)]
     summary = Summary(skipped=len(entries) - len(todo))
     num_views = len(grid.directions(config.grid, config.azimuth, config.elevation)[0])
-    with tqdm(total=len(todo) * num_views, unit="view", disable=not todo) as bar, dicom.Decoder() as decode:
+    with tqdm(total=len(todo) * num_views, unit="view", disable=not todo) as bar, Worker() as worker:
         for one in todo:
             bar.set_description(one.origin.patient_id)
             try:
-                volume = catalog.read(one, on_defect, decode)
+                volume = catalog.read(one, on_defect, worker)
                 _render_volume(volume, one, out / shards.file_name(one.origin), config, bar)
                 summary.rendered += 1
             except SeriesRejected as error:

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrgen import __version__, attenuation
-from drrgen.dicom import HU_CLAMP
 from drrgen.errors import InputError
-from drrgen.geometry import Detector, Views
-from drrgen.volume import Origin, Volume
+from drrgen.geometry import Detector, Views, project
+from drrgen.nodules import MAX_READERS, RATINGS, AnnotatedNodule, boxes, lower_level
+from drrgen.volume import HU_CLAMP, Origin, Volume
 
 SCHEMA = "drr-sphere"
-VERSION = "1.0"
+VERSION = "1.1"
 SCALE = 1 / 4096
 
 Images = NDArray[np.uint16]
@@ -61,6 +61,15 @@ _VIEWS_DATASETS = {
     "views/source_mm": ("float64", ("V", 3)),
     "views/projection": ("float64", ("V", 3, 4)),
 }
+# What MAY be known of nodules, of which there are "N"; boxes are said per level.
+_NODULE_DATASETS = {
+    "nodules/centroid_mm": ("float64", ("N", 3)),
+    "nodules/diameter_mm": ("float64", ("N",)),
+    "nodules/readers": ("uint8", ("N",)),
+    **{f"nodules/ratings/{name}": ("uint8", ("N", MAX_READERS)) for name in RATINGS},
+}
+# Boxes are float32, and of a few thousand pixels at most where they matter: that is 0.0002 pixels.
+_BOX_TOLERANCE_PX = 1e-3
 # Source and projection follow from angles and distances; both are written in float64, by whatever order of operations.
 _GEOMETRY_TOLERANCE = 1e-6
 
@@ -100,15 +109,22 @@ def create(
     config_json: str,
     licence: str,
     attribution: str,
+    dataset: str = "",
+    nodules: list[AnnotatedNodule] | None = None,
 ) -> Iterator[Writer]:
     """Open a shard for writing. It gets its name when the block ends well, complete and checked, or never.
 
-    detectors: one per level, the largest first.
+    detectors: one per level, the largest first. nodules: [] where readers found none, None where nothing is known;
+    the same for a `dataset` of no name.
     """
     temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         with h5py.File(temporary, "w") as file:
             _describe(file, volume, views, detectors, table_removed)
+            if nodules is not None:
+                _describe_nodules(file, nodules, views, detectors)
+            if dataset:
+                file.attrs["dataset"] = dataset
             file.attrs.update(
                 schema=SCHEMA,
                 schema_version=VERSION,
@@ -190,6 +206,23 @@ def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Det
     file.create_group("ct").attrs.update({name: value for name, value in known.items() if value is not None})
 
 
+def _describe_nodules(
+    file: h5py.File, nodules: Sequence[AnnotatedNodule], views: Views, detectors: list[Detector]
+) -> None:
+    group = file.create_group("nodules")
+    group["centroid_mm"] = np.array([one.centroid_mm for one in nodules], np.float64).reshape(-1, 3)
+    group["diameter_mm"] = np.array([one.diameter_mm for one in nodules], np.float64)
+    group["readers"] = np.array([one.num_readers for one in nodules], np.uint8)
+    for name in RATINGS:
+        ratings = np.zeros((len(nodules), MAX_READERS), np.uint8)
+        for row, one in zip(ratings, nodules, strict=True):
+            row[: one.num_readers] = one.ratings[name]
+        group[f"ratings/{name}"] = ratings
+    largest = boxes(nodules, views.projection(detectors[0]))
+    for detector in detectors:
+        group[f"boxes/{detector.shape}"] = lower_level(largest, detectors[0].shape // detector.shape)
+
+
 class Shard:
     """A finished shard, open for reading. Raises InputError where it is none, unfinished or of another version.
 
@@ -216,6 +249,11 @@ class Shard:
             return (self._file[f"images/{size}"][view] * SCALE).astype(np.float32)
         except OSError as error:
             raise InputError(f"{self.path}: view {view} of level {size} is damaged: render it again") from error
+
+    def boxes(self, size: int) -> NDArray[np.float32] | None:
+        """[V, N, 4]: first column, first row, last column, last row of each nodule; None where nothing is known."""
+        path = f"nodules/boxes/{size}"
+        return self._file[path][:] if path in self._file else None
 
     def __enter__(self) -> "Shard":
         return self
@@ -273,13 +311,14 @@ def _structure(file: h5py.File) -> Iterator[str]:
     for size in levels:
         datasets[f"images/{size}"] = ("uint16", ("V", size, size))
         datasets[f"checks/{size}/crc32"] = ("uint32", ("V",))
-    wrong = [line for path, what in datasets.items() for line in _wrong_dataset(file, path, *what, num_views)]
+    wrong = [line for path, what in datasets.items() for line in _wrong_dataset(file, path, *what, {"V": num_views})]
     yield from wrong
     if wrong:
         return
     for size in levels:
         yield from _wrong_level(file[f"images/{size}"])
     yield from _wrong_geometry(file, levels)
+    yield from _wrong_nodules(file, levels, num_views)
 
 
 def _wrong_attributes(node: h5py.HLObject, wanted: dict) -> Iterator[str]:
@@ -297,8 +336,8 @@ def _wrong_attributes(node: h5py.HLObject, wanted: dict) -> Iterator[str]:
             yield f"{node.name}: attribute {name} is not finite"
 
 
-def _wrong_dataset(file: h5py.File, path: str, dtype: str, axes: tuple, num_views: int) -> Iterator[str]:
-    shape = tuple(num_views if axis == "V" else axis for axis in axes)
+def _wrong_dataset(file: h5py.File, path: str, dtype: str, axes: tuple, sizes: dict[str, int]) -> Iterator[str]:
+    shape = tuple(sizes.get(axis, axis) for axis in axes)
     if path not in file:
         yield f"{path}: missing"
     elif not isinstance(file[path], h5py.Dataset) or file[path].dtype != dtype or file[path].shape != shape:
@@ -317,6 +356,8 @@ def _wrong_values(file: h5py.File) -> Iterator[str]:
         yield f"/: kind is {attributes['kind']!r} instead of 'rendered' or 'synthesised'"
     if hashlib.sha256(attributes["config_json"].encode()).hexdigest() != attributes["config_sha256"]:
         yield "/: config_sha256 is not that of config_json"
+    if not isinstance(attributes.get("dataset", ""), str):
+        yield f"/: attribute dataset is {attributes['dataset']!r}"
     if attributes["kind"] == "rendered":
         if isinstance(file.get("ct"), h5py.Group):
             yield from _wrong_attributes(file["ct"], _CT_ATTRIBUTES)
@@ -354,6 +395,39 @@ def _wrong_geometry(file: h5py.File, levels: list[int]) -> Iterator[str]:
         # relative to the largest number: the matrix mixes pixels and millimetres
         if not np.abs(group[name][:] - expected).max() <= _GEOMETRY_TOLERANCE * np.abs(expected).max():
             yield f"views/{name}: does not follow from the angles and distances"
+
+
+def _wrong_nodules(file: h5py.File, levels: list[int], num_views: int) -> Iterator[str]:
+    """Nothing of /nodules need be there, but what is there must fit together."""
+    datasets = _NODULE_DATASETS | {f"nodules/boxes/{size}": ("float32", ("V", "N", 4)) for size in levels}
+    datasets = {path: what for path, what in datasets.items() if path in file}
+    if not datasets:
+        return
+    first, (_, axes) = next(iter(datasets.items()))
+    shape = getattr(file[first], "shape", ())
+    sizes = {"V": num_views, "N": shape[axes.index("N")] if len(shape) == len(axes) else 0}
+    wrong = [line for path, what in datasets.items() for line in _wrong_dataset(file, path, *what, sizes)]
+    yield from wrong
+    if not wrong:
+        for path in datasets:
+            if not np.isfinite(file[path][:]).all():
+                yield f"{path}: not finite"
+        yield from _wrong_boxes(file, levels)
+
+
+def _wrong_boxes(file: h5py.File, levels: list[int]) -> Iterator[str]:
+    there = {size: file[path][:] for size in levels if (path := f"nodules/boxes/{size}") in file}
+    largest = there.pop(levels[0], None)
+    if largest is None or largest.size == 0:
+        return
+    for size, lower in there.items():
+        if not np.abs(lower - lower_level(largest, levels[0] // size)).max() <= _BOX_TOLERANCE_PX:
+            yield f"nodules/boxes/{size}: not the boxes of the largest level"
+    if "nodules/centroid_mm" in file:
+        centre = project(file["views/projection"][:][:, None], file["nodules/centroid_mm"][:])
+        beyond = np.maximum(largest[..., :2] - centre, centre - largest[..., 2:])
+        if not beyond.max() <= _BOX_TOLERANCE_PX:
+            yield f"nodules/boxes/{levels[0]}: a centroid is not in its box"
 
 
 def _wrong_images(file: h5py.File) -> Iterator[str]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+# HU beyond these are padding, the corners outside the scanner's circle, or metal in a 12-bit scanner.
+HU_CLAMP = (-1000, 3071)
+
 
 @dataclass(frozen=True)
 class Origin:

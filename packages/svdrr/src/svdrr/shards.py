@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from svdrr.errors import InputError
 
 SCHEMA = "drr-sphere"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 @dataclass(frozen=True)

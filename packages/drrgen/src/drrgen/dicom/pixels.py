@@ -1,6 +1,6 @@
 """One slice's pixels in Hounsfield units: uncompressed by pydicom, compressed by SimpleITK's GDCM."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from pydicom.uid import RLELossless
 
 from drrgen.defects import Defect, SeriesRejected, printable
-from drrgen.dicom.headers import DAMAGE, MAX_FILE_BYTES, BoundedFile, number, silent
+from drrgen.dicom.headers import MAX_FILE_BYTES, BoundedFile, number, silent
 from drrgen.dicom.series import Slice
 from drrgen.volume import HU_CLAMP
+from drrgen.worker import Crashed, Worker
+
+Decode = Callable[[Iterable[Slice]], Iterator[NDArray[np.int16]]]
 
 
 def decode(slices: Iterable[Slice]) -> Iterator[NDArray[np.int16]]:
@@ -20,12 +23,28 @@ def decode(slices: Iterable[Slice]) -> Iterator[NDArray[np.int16]]:
         try:
             with silent():
                 yield _hounsfield(one)
-        except DAMAGE as error:
+        except Exception as error:  # on damaged and hostile files pydicom raises whatever it stumbles over
             reason = printable(" ".join(str(error).split()))[:200]
-            raise undecodable(one.path, reason or type(error).__name__) from error
+            raise _undecodable(one.path, reason or type(error).__name__) from error
 
 
-def undecodable(path: Path, reason: str) -> SeriesRejected:
+def decoder(worker: Worker) -> Decode:
+    """`decode`, in another process."""
+
+    def decode_there(slices: Iterable[Slice]) -> Iterator[NDArray[np.int16]]:
+        ones = list(slices)
+        images = worker.images(decode, ones)
+        for one in ones:
+            try:
+                yield next(images)
+            except Crashed as error:
+                raise _undecodable(one.path, str(error)) from error
+        next(images, None)  # to its end, so that the worker is free again
+
+    return decode_there
+
+
+def _undecodable(path: Path, reason: str) -> SeriesRejected:
     return SeriesRejected(Defect("undecodable-file", f"{printable(path.name)}: {reason}"))
 
 

@@ -1,6 +1,6 @@
 """A stack of slices to a volume: one slice in memory beside it, repaired where that was asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,11 +9,11 @@ from scipy import ndimage
 from drrgen.defects import Defect, SeriesRejected
 from drrgen.dicom import pixels
 from drrgen.dicom.series import Series
-from drrgen.dicom.stack import Decode, Stack, examine
+from drrgen.dicom.stack import Stack, examine
 from drrgen.volume import HU_CLAMP, Volume
 
 
-def read(series: Series, on_defect: str = "reject", decode: Decode = pixels.decode) -> Volume:
+def read(series: Series, on_defect: str = "reject", decode: pixels.Decode = pixels.decode) -> Volume:
     """The volume of a series: slices sorted by position along their normal, spacing from positions only.
 
     on_defect: "reject" raises SeriesRejected where the slices are not one complete, regular, undistorted grid of
@@ -24,7 +24,11 @@ def read(series: Series, on_defect: str = "reject", decode: Decode = pixels.deco
 
 
 def read_stack(
-    series: Series, stack: Stack | None, defects: list[Defect], on_defect: str, decode: Decode = pixels.decode
+    series: Series,
+    stack: Stack | None,
+    defects: Sequence[Defect],
+    on_defect: str,
+    decode: pixels.Decode = pixels.decode,
 ) -> Volume:
     """The volume of a series that `examine` has seen; see `read`."""
     if refused := [one for one in defects if on_defect == "reject" or one.repair is None]:

@@ -1,7 +1,6 @@
 """The slices of one series as a stack: their order, the grid they make, and every way in which they do not."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +8,10 @@ from numpy.typing import NDArray
 
 from drrgen.defects import Defect, SeriesRejected
 from drrgen.dicom.headers import LEFT_OUT, MAX_SIDE
+from drrgen.dicom.pixels import Decode
 from drrgen.dicom.series import Series, Slice
 
 Float = NDArray[np.float64]
-Decode = Callable[[Iterable[Slice]], Iterator[NDArray[np.int16]]]
 
 # A step between slices may differ from the median step by this much: positions are written with few digits.
 STEP_TOLERANCE = 0.01

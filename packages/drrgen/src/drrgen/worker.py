@@ -1,0 +1,100 @@
+"""Work on files from outside in a process of its own: a decoder that crashes or hangs costs one CT, not the run."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrgen.defects import SeriesRejected
+
+# A slice takes milliseconds and a whole file seconds; this is enough for a slow disk and not for one that hangs.
+IMAGE_LIMIT_S = 120.0
+
+
+class Crashed(Exception):
+    """The process died, or took too long for one image."""
+
+
+class Worker:
+    """Runs functions that yield int16 images, in a process that is started when needed and again after a crash.
+
+    Images arrive through a pipe one by one, so that no more than one is in memory in each process on their account.
+    """
+
+    def __init__(self, limit_s: float = IMAGE_LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def images(
+        self, function: Callable[[Any], Iterator[NDArray[np.int16]]], argument: Any
+    ) -> Iterator[NDArray[np.int16]]:
+        """What `function(argument)` yields there. Raises its SeriesRejected, or Crashed."""
+        pipe = self._started()
+        is_idle = False
+        try:
+            pipe.send((function, argument))
+            while True:
+                if not pipe.poll(self._limit_s):
+                    raise Crashed(f"the decoder did not finish in {self._limit_s:g} seconds")
+                answer = pipe.recv()
+                if not isinstance(answer, tuple):
+                    is_idle = True
+                    if answer is not None:
+                        raise answer
+                    return
+                image = np.empty(answer, np.int16)
+                pipe.recv_bytes_into(image.data.cast("B"))
+                yield image
+        except (EOFError, ConnectionError) as error:
+            raise Crashed("the decoder crashed on it") from error
+        finally:
+            if not is_idle:
+                self.close()  # it may be in the middle of anything
+
+    def _started(self) -> Connection:
+        if self._pipe is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+        return self._pipe
+
+    def close(self) -> None:
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()
+            self._process.kill()
+            self._process.join()
+        self._process = self._pipe = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _serve(pipe: Connection) -> None:
+    """For each function: the shape and bytes of every image, then None or the SeriesRejected that ended it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main one decides
+    while True:
+        try:
+            function, argument = pipe.recv()
+        except EOFError:
+            return
+        end = None
+        try:
+            for image in function(argument):
+                pipe.send(image.shape)
+                pipe.send_bytes(np.ascontiguousarray(image).data.cast("B"))
+        except SeriesRejected as error:
+            end = error
+        pipe.send(end)
