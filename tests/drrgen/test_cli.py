@@ -89,7 +89,8 @@ def test_rejected_series_are_named_and_the_others_done(run, tmp_path: Path, ct_d
     shutil.copytree(next(ct_dir.glob("*/PHANTOM-0000")), tmp_path / "ct" / "good")
     assert run("render", "--ct-dir", "ct", *SMALL) == 1
     captured = capsys.readouterr()
-    assert "rejected TEST-01 1.9: missing-slices" in captured.err
+    assert "rejected TEST-01 1.9 in ct/gap: missing-slices" in captured.err
+    assert "--on-defect repair renders it" in captured.err
     assert "1 rendered by cpu, 0 already finished, 1 rejected" in captured.out
 
 
@@ -130,7 +131,10 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
     ("arguments", "cure"),
     [
         (("render", "--ct-dir", "nowhere"), "no such folder"),
-        (("render", "--ct-dir", "."), "no DICOM CT"),
+        (("render", "--ct-dir", "."), "no CT in there"),
+        (("scan", "--ct-dir", "."), "no CT in there"),
+        (("scan", "--ct-dir", "nowhere"), "no such folder"),
+        (("render", "--ct-dir", "ct", "--on-defect", "ignore"), "reject, repair"),
         (("render", "--ct-dir", ".", "--grid", "nonsense"), "5deg"),
         (("render", "--ct-dir", ".", "--grid", "7deg"), "divides 90"),
         (("render", "--ct-dir", ".", "--azimuth", "left"), "low:high"),

@@ -113,12 +113,18 @@ def patient_id(series_uid: str) -> str | None:
 
 def expected_z_mm(series_uid: str) -> tuple[float, ...] | None:
     """Where LIDC-IDRI has slices of this series: z of ImagePositionPatient, ascending, each once; None if unknown."""
-    rows = _rows(
-        "SELECT DISTINCT val FROM zvals "
-        "WHERE scan_id = (SELECT id FROM scans WHERE series_instance_uid = ?) ORDER BY val",
-        series_uid,
-    )
-    return tuple(z_mm for (z_mm,) in rows) or None
+    path = database()
+    return _positions(path).get(series_uid) if path is not None and problem() is None else None
+
+
+@functools.cache
+def _positions(path: Path) -> dict[str, tuple[float, ...]]:
+    """Of every series at once: the table has no index, so that one alone takes a thirtieth of the time of all."""
+    rows = _query(path, "SELECT series_instance_uid, val FROM zvals JOIN scans ON scan_id = scans.id")
+    positions: dict[str, set[float]] = {}
+    for series_uid, z_mm in rows:
+        positions.setdefault(series_uid, set()).add(z_mm)
+    return {series_uid: tuple(sorted(values)) for series_uid, values in positions.items()}
 
 
 def expected_slices(series_uid: str) -> int | None:

