@@ -40,4 +40,5 @@ class SeriesRejected(InputError):
 
 def printable(text: object) -> str:
     """A text from outside (a tag, a path) as far as it can be shown on one line."""
-    return "".join(letter for letter in str(text) if letter.isprintable())
+    line = str(text)
+    return line if line.isprintable() else "".join(letter for letter in line if letter.isprintable())

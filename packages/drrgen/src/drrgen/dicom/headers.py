@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+from pydicom.tag import Tag
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+)
 
 from drrgen.defects import Defect, printable
 from drrgen.dicom.series import Slice, Unusable
@@ -25,12 +31,17 @@ MAX_FILE_BYTES = 64 << 20
 LEFT_OUT = "left out"
 
 # The only tags that are looked at; of these, those of `Origin` are the only ones that reach a shard.
-_TAGS = (
+_NAMES = (
     "SOPClassUID SOPInstanceUID ImageType StudyInstanceUID SeriesInstanceUID PatientID Manufacturer ConvolutionKernel "
     "KVP SliceThickness ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns BitsAllocated "
     "SamplesPerPixel NumberOfFrames RescaleSlope RescaleIntercept"
-).split()
+)
+_TAGS = [Tag(name) for name in _NAMES.split()]
 
+# Most headers are shorter than this, and read at once.
+_HEAD_BYTES = 16 << 10
+# A frame is compressed into one item, or a few.
+_MAX_ITEMS = 10_000
 _DICM_AT = 128
 _LONG_VR = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN")
 _UNDEFINED_LENGTH = 0xFFFFFFFF
@@ -84,17 +95,32 @@ def read_header(path: Path) -> Header | None:
 
 
 def _ct_header(path: Path, file: BoundedFile) -> Header | None:
-    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+    header, end = _parsed(file)
     sop_class = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
     # tags are in ascending order: one that is cut short lies at the end, and what comes before Rows is whole
-    if not sop_class or (sop_class == CTImageStorage and "Rows" not in header and file.tell() >= file.size):
+    if not sop_class or (sop_class == CTImageStorage and "Rows" not in header and end >= file.size):
         raise ValueError("the file ends in its header")
     if sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
         message = f"{printable(path.name)}: Enhanced (multi-frame) CT is not read: export it as single-frame CT images"
         return Header(_origin(header), Unusable(path, Defect("multi-frame", message)))
     if sop_class != CTImageStorage or "LOCALIZER" in _texts(header.get("ImageType")):
         return None
+    file.seek(end)
     return Header(_origin(header), _slice(path, header, file))
+
+
+def _parsed(file: BoundedFile) -> tuple[pydicom.FileDataset, int]:
+    """The header's tags, and where they end: at the pixels, or the file's end."""
+    data = file.read(_HEAD_BYTES)
+    if DeflatedExplicitVRLittleEndian.encode() in data:
+        raise ValueError("the deflated transfer syntax is not accepted")
+    head = io.BytesIO(data)
+    header = pydicom.dcmread(head, stop_before_pixels=True, specific_tags=_TAGS)
+    if head.tell() < len(data) or file.size <= len(data):
+        return header, head.tell()
+    file.seek(0)
+    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+    return header, file.tell()
 
 
 def _slice(path: Path, header: pydicom.FileDataset, file: BoundedFile) -> Slice | Unusable:
@@ -149,11 +175,14 @@ def _pixel_bytes(header: pydicom.FileDataset, file: BoundedFile) -> int | None:
     if length != _UNDEFINED_LENGTH:
         return length if file.tell() + length <= file.size else None
     total = 0
-    while (item := file.read(8))[:4] == _ITEM and len(item) == 8:
+    for _ in range(_MAX_ITEMS):
+        item = file.read(8)
+        if item[:4] != _ITEM or len(item) < 8:
+            return total if item[:4] == _END_OF_SEQUENCE else None
         (length,) = struct.unpack("<I", item[4:])
         file.seek(length, os.SEEK_CUR)
         total += length
-    return total if item[:4] == _END_OF_SEQUENCE else None
+    return None
 
 
 def _origin(header: pydicom.Dataset) -> Origin:

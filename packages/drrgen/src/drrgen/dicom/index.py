@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from drrgen.defects import printable
 from drrgen.dicom import cache
 from drrgen.dicom.headers import Header, read_header
 from drrgen.dicom.series import Series, Slice, Unusable
@@ -28,9 +29,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file; `stamp`, its size and time of change in ns, is what the cache knows it by."""
+    """A regular file; `name`, its path below the folder, and `stamp`, its size and time of change in ns, identify it."""
 
     path: Path
+    name: str
     stamp: cache.Stamp
 
 
@@ -41,19 +43,23 @@ def walk(directory: Path) -> Iterator[File]:
     """
     if not directory.is_dir():
         raise InputError(f"--ct-dir {directory}: there is no such folder")
+    return _walk(str(directory), "")
+
+
+def _walk(folder: str, name: str) -> Iterator[File]:
     try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        _log.warning("%s: cannot be listed (%s): what is in it goes unseen", directory, error.strerror)
+        _log.warning("%s: cannot be listed (%s): what is in it goes unseen", printable(folder), error.strerror)
         return
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from walk(Path(entry.path))
+            yield from _walk(entry.path, f"{name}{entry.name}/")
         elif entry.is_file(follow_symlinks=False):
             status = entry.stat(follow_symlinks=False)
-            yield File(Path(entry.path), (status.st_size, status.st_mtime_ns))
+            yield File(Path(entry.path), name + entry.name, (status.st_size, status.st_mtime_ns))
 
 
 def find_series(directory: Path, files: Iterable[File] | None = None) -> list[Series]:
@@ -64,18 +70,18 @@ def find_series(directory: Path, files: Iterable[File] | None = None) -> list[Se
     that hold the same slices are two copies of a series, two that hold different slices are one series.
     """
     headers = _headers(directory, walk(directory) if files is None else files)
-    by_series: dict[str, dict[Path, list[Header]]] = defaultdict(lambda: defaultdict(list))
-    lost: dict[Path, list[Unusable]] = defaultdict(list)
+    by_series: dict[str, dict[str, list[Header]]] = defaultdict(lambda: defaultdict(list))
+    lost: dict[str, list[Unusable]] = defaultdict(list)
     for header in headers:
         if header.origin is not None:
-            by_series[header.origin.series_uid][header.content.path.parent].append(header)
+            by_series[header.origin.series_uid][_folder(header)].append(header)
         elif isinstance(header.content, Unusable):
-            lost[header.content.path.parent].append(header.content)
+            lost[_folder(header)].append(header.content)
     groups = [group for folders in by_series.values() for group in _copies(folders)]
 
-    owners: dict[Path, list[int]] = defaultdict(list)
+    owners: dict[str, list[int]] = defaultdict(list)
     for number, group in enumerate(groups):
-        for folder in {header.content.path.parent for header in group}:
+        for folder in {_folder(header) for header in group}:
             owners[folder].append(number)
     unusable: dict[int, list[Unusable]] = defaultdict(list)
     found = []
@@ -86,6 +92,10 @@ def find_series(directory: Path, files: Iterable[File] | None = None) -> list[Se
             found.append(Series((Origin("unknown", "", ""),), (), tuple(ones)))
     found += [_series(group, unusable[number]) for number, group in enumerate(groups)]
     return sorted(found, key=lambda one: (one.origin.patient_id, one.origin.series_uid, one.folder))
+
+
+def _folder(header: Header) -> str:
+    return os.path.dirname(header.content.path)  # faster than `parent`, and there are 240,000 files
 
 
 def _series(headers: list[Header], lost: list[Unusable]) -> Series:
@@ -99,7 +109,7 @@ def _series(headers: list[Header], lost: list[Unusable]) -> Series:
     )
 
 
-def _copies(folders: dict[Path, list[Header]]) -> list[list[Header]]:
+def _copies(folders: dict[str, list[Header]]) -> list[list[Header]]:
     """The headers of one SeriesInstanceUID, folders that hold no slice twice put together."""
     copies: list[tuple[set[str], list[Header]]] = []
     for _, headers in sorted(folders.items()):
@@ -116,7 +126,7 @@ def _copies(folders: dict[Path, list[Header]]) -> list[list[Header]]:
 
 def _headers(directory: Path, files: Iterable[File]) -> list[Header]:
     """The headers of all CT files, those unchanged since the last time from the cache."""
-    names = {os.fsencode(os.path.relpath(file.path, directory)): file for file in files}
+    names = {os.fsencode(file.name): file for file in files}
     headers: list[Header | None] = []
     origins: dict[tuple, Origin] = {}
     with cache.opened(directory) as kept:
