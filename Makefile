@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN    := .venv/bin
+# LIDC-IDRI-0001, for the pictures that need a real CT
+CT     ?= ../shared/data/lidc-idri-0001
 PACKAGES := packages/drrgen packages/svdrr
 SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
@@ -25,6 +27,8 @@ lint: .venv/ready  ## format, lint, types, import directions
 
 figures: demo/report.md  ## make the pictures and the table of the documentation again
 	$(BIN)/python docs/figures/geometry.py docs/img
+	[ ! -d $(CT) ] || $(BIN)/python docs/figures/body.py $(CT) docs/img
+	[ ! -d $(CT) ] || $(BIN)/python docs/figures/nodule.py $(CT) docs/img
 	cp demo/demo.png docs/img/demo.png
 	$(BIN)/python docs/figures/readme.py demo/report.md README.md
 

@@ -28,8 +28,8 @@ def main() -> None:
         if options.ct_dir is None:
             dicom.write_series(template, phantom.voxelise(anatomy.thorax(0), (133, 512, 512), (0.7, 0.7, 2.5)), "chest")
         root = Path(scratch, "LIDC-IDRI")
-        make(template, root, range(options.series), num_slices)
         num_slices = len(list(template.glob("*.dcm")))
+        make(template, root, range(options.series), num_slices)
         files = options.series * num_slices
         print(f"{options.series} series, {files} files, {os.cpu_count()} cores")
         report("cold", root, files, options.series)

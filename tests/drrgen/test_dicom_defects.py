@@ -87,15 +87,17 @@ def test_defects_are_refused_with_their_code(folder: Path, change, code: str, ca
         assert refusal.value.code == code
 
 
-def test_every_code_is_in_the_document_and_every_row_is_tested() -> None:
-    """docs/how-to/defects.md is the list of codes: what is raised is in it, with the repair that is made."""
+def test_every_code_is_in_the_documents() -> None:
+    """What is raised is in docs/how-to/defects.md, or for volume files in other-cts.md, and what is there is raised."""
     table = tables("how-to/defects.md")["code", "what is wrong", "`--on-defect repair`"]
     documented = {row[0].strip("`"): row[2] for row in table}
+    of_files = {row[0].strip("`") for row in tables("how-to/other-cts.md")["code", "what was found", "what to do"]}
     source = Path(pixels.__file__).parents[1]
-    text = "".join(path.read_text() for path in source.rglob("*.py"))
-    raised = set(re.findall(r'(?:Defect|_rejected|_refused|unusable)\(\s*"([a-z]+(?:-[a-z]+)*)"', text))
-    raised |= {"mixed-shape", "mixed-orientation", "mixed-spacing"}  # from a table in the code
-    assert raised == documented.keys()
+    codes = re.compile(r'(?:Defect|_rejected|_reject|unusable)\(\s*"([a-z]+(?:-[a-z]+)*)"')
+    raised = {path.name: set(codes.findall(path.read_text())) for path in source.rglob("*.py")}
+    assert raised.pop("volumefile.py") == of_files
+    from_a_table = {"mixed-shape", "mixed-orientation", "mixed-spacing"}
+    assert set.union(from_a_table, *raised.values()) == documented.keys()
     for _, _, code, can_repair in CASES:
         assert can_repair <= (documented[code] != "refused")
 

@@ -23,7 +23,7 @@ def print_table(entries: list[Entry], directory: Path) -> None:
         console.width = _PAGE_COLUMNS
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("patient", "series", "slices", "spacing mm", "extent mm", "kVp", "kernel", "defects", "verdict"):
-        table.add_column(name, justify="right" if name in ("slices", "kVp") else "left", overflow="fold")
+        table.add_column(name, justify="right" if name == "kVp" else "left", overflow="fold")
     for one in entries:
         table.add_row(*map(printable, _cells(one)), Text(one.verdict, style=_COLOURS.get(one.verdict, "red")))
     console.print(table)
@@ -40,10 +40,11 @@ def print_table(entries: list[Entry], directory: Path) -> None:
 
 def _cells(one: Entry) -> list[str]:
     expected = "?" if one.num_expected is None else str(one.num_expected)
+    files = "" if one.num_files == one.num_slices or one.num_files == 1 else f" ({one.num_files} files)"
     return [
         one.origin.patient_id,
         f"..{one.origin.series_uid[-12:]}" if len(one.origin.series_uid) > 14 else one.origin.series_uid,
-        f"{one.num_slices}/{expected}",
+        f"{one.num_slices}/{expected}{files}",
         " x ".join(f"{step:.3g}" for step in one.spacing_mm or ()),
         " x ".join(f"{side:.0f}" for side in one.extent_mm or ()),
         "" if one.origin.kvp is None else f"{one.origin.kvp:g}",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import ConvexHull
 
 from drrgen.geometry import Float, project
 
@@ -21,6 +22,8 @@ RATINGS = (
     "malignancy",
 )
 MAX_READERS = 4
+# Fewer points cost little, and may lie in one plane, which has no hull.
+_MIN_HULL = 200
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,18 @@ def boxes(nodules: Sequence[AnnotatedNodule], projection: Float) -> NDArray[np.f
     """
     result = np.empty((len(projection), len(nodules), 4), np.float32)
     for number, nodule in enumerate(nodules):
+        points = _corners(nodule.points_mm)
         for view, matrix in enumerate(projection):  # one by one: all at once would be gigabytes
-            pixels = project(matrix, nodule.points_mm)
+            pixels = project(matrix, points)
             result[view, number] = *pixels.min(axis=0), *pixels.max(axis=0)
     return result
+
+
+def _corners(points_mm: Float) -> Float:
+    """Those of the points that can touch a box: a projection's extremes are those of the convex hull's corners."""
+    if len(points_mm) < _MIN_HULL:
+        return points_mm
+    return points_mm[ConvexHull(points_mm).vertices]
 
 
 def lower_level(boxes: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

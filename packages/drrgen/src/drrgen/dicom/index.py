@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file; `name`, its path below the folder, and `stamp`, its size and time of change in ns, identify it."""
+    """A regular file. name: its path below the folder; stamp: its size, and the time of its last change in ns."""
 
     path: Path
     name: str
