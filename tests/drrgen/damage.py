@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import SimpleITK
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLosslessSV1, RLELossless, generate_uid
 
 Damage = Callable[[Path], None]
 
@@ -198,6 +198,8 @@ def enhanced(folder: Path) -> None:
 def compressed(compressor: str) -> Damage:
     """All slices by lossless JPEG or JPEG 2000 ("JPEG", "JPEG2000"): SimpleITK's code streams in the files' headers."""
 
+    expected = {"JPEG": JPEGLosslessSV1, "JPEG2000": JPEG2000Lossless}[compressor]
+
     def damage(folder: Path) -> None:
         writer = SimpleITK.ImageFileWriter()
         writer.UseCompressionOn()
@@ -207,7 +209,7 @@ def compressed(compressor: str) -> Damage:
         for path in folder.iterdir():
             writer.Execute(SimpleITK.Cast(SimpleITK.ReadImage(str(path)), SimpleITK.sitkInt16))
             encoded = pydicom.dcmread(encoded_path)
-            assert encoded.file_meta.TransferSyntaxUID.is_compressed
+            assert encoded.file_meta.TransferSyntaxUID == expected
 
             def swap_pixels(dataset: pydicom.Dataset, encoded: pydicom.Dataset = encoded) -> None:
                 dataset.PixelData, dataset.PixelRepresentation = encoded.PixelData, 1
@@ -219,6 +221,11 @@ def compressed(compressor: str) -> Damage:
         encoded_path.unlink()
 
     return damage
+
+
+def run_length(folder: Path) -> None:
+    """All slices by DICOM's run-length coding, which pydicom itself reads and writes."""
+    edit_all(folder.iterdir(), lambda dataset: dataset.compress(RLELossless, generate_instance_uid=False))
 
 
 def shuffled_names(folder: Path) -> None:

@@ -234,6 +234,19 @@ def test_damaged_code_streams(encoded: Path, decode: dicom.Decode, changes: list
     judge(read_header(damaged).content, decode)
 
 
+def test_a_code_stream_that_claims_gigabytes_is_refused(tmp_path: Path) -> None:
+    """30,000 x 30,000 pixels in one tile, where Rows and Columns say 16 x 20: GDCM would ask for 4 GB."""
+    dicom.write_series(tmp_path / "series", volume(), "test")
+    damage.compressed("JPEG2000")(tmp_path / "series")
+    path = tmp_path / "series" / "1-005.dcm"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\x4f\xff\x51")
+    struct.pack_into(">6I", data, at + 8, 30_000, 30_000, 0, 0, 30_000, 30_000)
+    path.write_bytes(data)
+    with pytest.raises(SeriesRejected, match=r"1-005\.dcm: its compressed image says \(30000, 30000\) pixels"):
+        list(pixels.decode([read_header(path).content]))
+
+
 def test_the_undamaged_files_pass_all_of_this(folder: Path, whole: bytes, encoded: Path) -> None:
     assert (folder / "1-005.dcm").read_bytes() == whole
     assert dicom.read(*dicom.find_series(folder)).hu.shape == (12, 16, 20)

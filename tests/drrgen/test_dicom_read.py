@@ -1,5 +1,6 @@
 """Reading sound series: what is written comes back, in whatever order, orientation and encoding it is stored."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def test_round_trip(folder: Path, written: Volume) -> None:
         pytest.param(damage.junk, id="other files beside them"),
         pytest.param(damage.compressed("JPEG"), id="lossless JPEG"),
         pytest.param(damage.compressed("JPEG2000"), id="JPEG 2000"),
+        pytest.param(damage.run_length, id="run length"),
         pytest.param(damage.uncompressed_syntax("1.2.840.10008.1.2"), id="implicit VR"),
         pytest.param(damage.uncompressed_syntax("1.2.840.10008.1.2.2"), id="big endian"),
         pytest.param(damage.set_tag("SliceThickness", "9", every=True), id="another slice thickness"),
@@ -166,3 +168,26 @@ def test_lidc_0001_is_read_as_it_is_known(real_data: Path) -> None:
     assert volume.spacing_mm == pytest.approx([0.703125, 0.703125, 2.5])
     assert (volume.hu.min(), volume.hu.max()) == HU_CLAMP
     assert volume.origin.patient_id == "LIDC-IDRI-0001"
+
+
+@pytest.mark.parametrize("policy", ["reject", "repair"])
+def test_memory_is_the_volume_and_a_slice(tmp_path: Path, policy: str) -> None:
+    """One slice at a time, each for a while as float64 and as the bytes of its file; repairs hold two as float32."""
+    written = volume(shape=(64, 256, 256))
+    dicom.write_series(tmp_path / "series", written, "test")
+    if policy == "repair":
+        damage.remove(tmp_path / "series")
+    (series,) = dicom.find_series(tmp_path)
+    with Worker() as worker:
+        tracemalloc.start()
+        hu = dicom.read(series, policy, dicom.decoder(worker)).hu
+        there = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        del hu
+        hu = dicom.read(series, policy).hu
+        here = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    slice_bytes = 256 * 256 * 2
+    assert hu.nbytes == 64 * slice_bytes
+    assert there < hu.nbytes + 16 * slice_bytes
+    assert here < hu.nbytes + 24 * slice_bytes

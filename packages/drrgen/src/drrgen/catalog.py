@@ -94,9 +94,10 @@ def summary(entries: list[Entry]) -> str:
 def _series_entry(series: dicom.Series, decode: dicom.Decode) -> Entry:
     defects, stack = dicom.examine(series, decode)
     uid = series.origin.series_uid
+    expected = lidc.expected_slices(uid)
     if incomplete := lidc.incomplete(uid, [one.position_mm[2] for one in series.slices]):
-        if any(one.code == "outlier-end-slice" for one in defects):
-            incomplete = replace(incomplete, repair=None)  # a gap too long to bridge, not a slice too much
+        if stack is None or stack.shape[0] != expected:
+            incomplete = replace(incomplete, repair=None)  # interpolation does not put back what is missing
         defects.insert(0, incomplete)
     return Entry(
         source=series,
@@ -104,7 +105,7 @@ def _series_entry(series: dicom.Series, decode: dicom.Decode) -> Entry:
         path=series.folder,
         num_files=series.num_files,
         num_slices=len(series.slices),
-        num_expected=lidc.expected_slices(uid),
+        num_expected=expected,
         shape=None if stack is None else stack.shape,
         spacing_mm=None if stack is None else tuple(np.linalg.norm(stack.world_from_voxel[:3, :3], axis=0).tolist()),
         defects=tuple(defects),

@@ -1,6 +1,7 @@
 """Work on files from outside in a process of its own: a decoder that crashes or hangs costs one CT, not the run."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -9,8 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from drrgen.defects import SeriesRejected
 
 # A slice takes milliseconds and a whole file seconds; this is enough for a slow disk and not for one that hangs.
 IMAGE_LIMIT_S = 120.0
@@ -34,7 +33,7 @@ class Worker:
     def images(
         self, function: Callable[[Any], Iterator[NDArray[np.int16]]], argument: Any
     ) -> Iterator[NDArray[np.int16]]:
-        """What `function(argument)` yields there. Raises its SeriesRejected, or Crashed."""
+        """What `function(argument)` yields there. Raises what it raises, or Crashed."""
         pipe = self._started()
         is_idle = False
         try:
@@ -83,8 +82,9 @@ class Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """For each function: the shape and bytes of every image, then None or the SeriesRejected that ended it."""
+    """For each function: the shape and bytes of every image, then None or the exception that ended it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main one decides
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders write there what they stumble over; ours is one line
     while True:
         try:
             function, argument = pipe.recv()
@@ -95,6 +95,6 @@ def _serve(pipe: Connection) -> None:
             for image in function(argument):
                 pipe.send(image.shape)
                 pipe.send_bytes(np.ascontiguousarray(image).data.cast("B"))
-        except SeriesRejected as error:
+        except Exception as error:
             end = error
         pipe.send(end)

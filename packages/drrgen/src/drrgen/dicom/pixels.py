@@ -1,11 +1,13 @@
 """One slice's pixels in Hounsfield units: uncompressed by pydicom, compressed by SimpleITK's GDCM."""
 
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.encaps import get_frame
 from pydicom.uid import RLELossless
 
 from drrgen.defects import Defect, SeriesRejected, printable
@@ -13,6 +15,9 @@ from drrgen.dicom.headers import MAX_FILE_BYTES, BoundedFile, number, silent
 from drrgen.dicom.series import Slice
 from drrgen.volume import HU_CLAMP
 from drrgen.worker import Crashed, Worker
+
+# Start of frame, in JPEG for every kind of coding, and in JPEG-LS.
+_JPEG_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 
 Decode = Callable[[Iterable[Slice]], Iterator[NDArray[np.int16]]]
 
@@ -59,12 +64,32 @@ def _hounsfield(one: Slice) -> NDArray[np.int16]:
         raise ValueError("the file has changed since it was indexed")
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and syntax != RLELossless:
+        if (shape := _stream_shape(get_frame(dataset.PixelData, 0, number_of_frames=1))) != one.shape:
+            raise ValueError(f"its compressed image says {shape} pixels, its tags {one.shape}")
         hu = _decompressed(one)
     else:
         hu = dataset.pixel_array * slope + intercept
     if hu.shape != one.shape:
         raise ValueError(f"{hu.shape} pixels instead of {one.shape}")
     return np.rint(np.clip(hu, *HU_CLAMP)).astype(np.int16)
+
+
+def _stream_shape(stream: bytes) -> tuple[int, int] | None:
+    """(rows, columns) of a JPEG, JPEG-LS or JPEG 2000 image, by its own header; None where it has none.
+
+    A decoder asks for memory by these, not by the DICOM tags. JPEG 2000: ISO 15444-1 A.5.1; JPEG: ISO 10918-1 B.2.2.
+    """
+    if stream[:4] == b"\xff\x4f\xff\x51":
+        right, bottom, left, top = struct.unpack(">4I", stream[8:24])
+        return bottom - top, right - left
+    place = 2
+    while place + 9 <= len(stream) and stream[place] == 0xFF:
+        marker, length = stream[place + 1], int.from_bytes(stream[place + 2 : place + 4], "big")
+        if marker in _JPEG_FRAMES:
+            rows, columns = struct.unpack(">2H", stream[place + 5 : place + 9])
+            return rows, columns
+        place += 2 + max(length, 2)
+    return None
 
 
 def _decompressed(one: Slice) -> NDArray[np.float64]:
@@ -74,7 +99,10 @@ def _decompressed(one: Slice) -> NDArray[np.float64]:
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(one.path))
-    image = reader.Execute()
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise ValueError("its compressed pixels are damaged") from error
     rows, columns = one.shape
     if image.GetSize() != (columns, rows, 1) or image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"decodes to {image.GetSize()} pixels instead of {(columns, rows, 1)}")
