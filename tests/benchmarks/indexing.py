@@ -8,6 +8,7 @@ read, so that nothing is gained by the missing pixels. "cold" is without drrgen'
 
 import argparse
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +41,8 @@ def main() -> None:
         catalog.scan(root)
         print(f"scan, cached: {time.perf_counter() - start:.2f} s")
         (cache,) = Path(os.environ["XDG_CACHE_HOME"], "drrgen").iterdir()
-        print(f"cache: {cache.stat().st_size / 1e6:.0f} MB")
+        memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print(f"cache: {cache.stat().st_size / 1e6:.0f} MB, memory: {memory_mb:.0f} MB")
 
 
 def report(name: str, root: Path, files: int, series: int) -> None:

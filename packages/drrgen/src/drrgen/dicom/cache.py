@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from drrgen.defects import Defect
 from drrgen.dicom.headers import Header
@@ -36,52 +37,53 @@ def folder() -> Path:
 class Cache:
     """Headers of the files below one folder, by path and stamp. One that cannot be used is no error: it stays empty."""
 
-    def __init__(self, connection: sqlite3.Connection | None) -> None:
+    def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def known(self) -> dict[bytes, tuple[Stamp, str]]:
-        """All that is kept: path below the folder -> stamp, header as `restored` understands it."""
-        rows = self._run("SELECT path, size, mtime_ns, header FROM files")
-        return {path: ((size, mtime_ns), header) for path, size, mtime_ns, header in rows}
+    def close(self) -> None:
+        self._connection.close()
+
+    def known(self) -> Iterator[tuple[bytes, Stamp, str]]:
+        """All that is kept: path below the folder, stamp, header as `restored` understands it."""
+        with self._or_without() as connection:
+            for path, size, mtime_ns, header in connection.execute("SELECT path, size, mtime_ns, header FROM files"):
+                yield path, (size, mtime_ns), header
 
     def add(self, rows: Iterable[tuple[bytes, Stamp, Header | None]]) -> None:
         """Unreadable files are not kept: a cure such as a permission leaves their stamp as it is."""
         values = [(path, *stamp, _kept(one)) for path, stamp, one in rows if one is None or one.origin is not None]
-        self._run("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", values)
+        with self._or_without() as connection, connection:
+            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", values)
 
     def forget(self, paths: Iterable[bytes]) -> None:
-        self._run("DELETE FROM files WHERE path = ?", [(path,) for path in paths])
+        with self._or_without() as connection, connection:
+            connection.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in paths])
 
-    def _run(self, statement: str, values: list[tuple] | None = None) -> list[tuple]:
-        if self._connection is None:
-            return []
+    @contextmanager
+    def _or_without(self) -> Iterator[sqlite3.Connection]:
+        """The connection; at its first error an empty one in memory takes its place, and a line says so."""
         try:
-            with self._connection:
-                if values is not None:
-                    self._connection.executemany(statement, values)
-                    return []
-                return self._connection.execute(statement).fetchall()
+            yield self._connection
         except sqlite3.Error as error:
             _log.warning("the index cannot be kept for the next time (%s)", error)
-            self._connection = None
-            return []
+            self._connection.close()
+            self._connection = _prepared(":memory:")
 
 
 @contextmanager
 def opened(directory: Path) -> Iterator[Cache]:
     """The cache of one folder's files."""
     path = folder() / f"index-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]}.sqlite"
-    connection = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = _connected(path)
+        cache = Cache(_connected(path))
     except (OSError, sqlite3.Error) as error:
         _log.warning("the index cannot be kept for the next time: %s (%s)", path, error)
+        cache = Cache(_prepared(":memory:"))
     try:
-        yield Cache(connection)
+        yield cache
     finally:
-        if connection is not None:
-            connection.close()
+        cache.close()
 
 
 def _connected(path: Path) -> sqlite3.Connection:
@@ -92,7 +94,7 @@ def _connected(path: Path) -> sqlite3.Connection:
         return _prepared(path)
 
 
-def _prepared(path: Path) -> sqlite3.Connection:
+def _prepared(path: Path | str) -> sqlite3.Connection:
     connection = sqlite3.connect(path)
     try:
         with connection:
@@ -118,16 +120,17 @@ def _kept(header: Header | None) -> str:
     return json.dumps([origin, "unusable", *astuple(header.content.defect)])
 
 
-def restored(path: Path, kept: str, origins: dict[tuple, Origin]) -> Header | None:
-    """The header that `_kept` wrote. origins: shares equal values between the thousands of slices of a series.
+def restored(path: Path, kept: str, shared: dict[tuple, Any]) -> Header | None:
+    """The header that `_kept` wrote. shared: what the thousands of slices of a series have in common, kept once.
 
-    Raises ValueError, TypeError or KeyError where the text is something else.
+    Raises IndexError, KeyError, TypeError or ValueError where the text is something else.
     """
     if kept == "null":
         return None
     origin, kind, *values = json.loads(kept)
-    shared = None if origin is None else origins.setdefault(tuple(origin), Origin(*origin))
+    common = None if origin is None else shared.setdefault(tuple(origin), Origin(*origin))
     if kind == "unusable":
-        return Header(shared, Unusable(path, Defect(*values)))
-    sop_uid, *vectors = values
-    return Header(shared, Slice(path, sop_uid, *(tuple(vector) for vector in vectors)))
+        return Header(common, Unusable(path, Defect(*values)))
+    sop_uid, position_mm, *geometry = values
+    orientation, spacing_mm, shape = (shared.setdefault(tuple(value), tuple(value)) for value in geometry)
+    return Header(common, Slice(path, sop_uid, tuple(position_mm), orientation, spacing_mm, shape))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -126,20 +127,21 @@ def _copies(folders: dict[str, list[Header]]) -> list[list[Header]]:
 
 def _headers(directory: Path, files: Iterable[File]) -> list[Header]:
     """The headers of all CT files, those unchanged since the last time from the cache."""
-    names = {os.fsencode(file.name): file for file in files}
+    new = {os.fsencode(file.name): file for file in files}
     headers: list[Header | None] = []
-    origins: dict[tuple, Origin] = {}
+    shared: dict[tuple, Any] = {}
     with cache.opened(directory) as kept:
-        known = kept.known()
-        new = dict(names)
-        for name, (stamp, text) in known.items():
-            if name in names and names[name].stamp == stamp:
+        gone = []
+        for name, stamp, text in kept.known():
+            if name not in new:
+                gone.append(name)
+            elif new[name].stamp == stamp:
                 try:
-                    headers.append(cache.restored(names[name].path, text, origins))
+                    headers.append(cache.restored(new[name].path, text, shared))
                 except (IndexError, KeyError, TypeError, ValueError):
                     continue  # not as it was written: read the file again
                 del new[name]
-        kept.forget(known.keys() - names.keys())
+        kept.forget(gone)
         with tqdm(total=len(new), unit="file", desc="indexing", delay=1) as bar:
             for chunk, read in _read(new):
                 kept.add((name, new[name].stamp, header) for name, header in zip(chunk, read, strict=True))
