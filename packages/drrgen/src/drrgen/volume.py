@@ -7,6 +7,13 @@ from numpy.typing import NDArray
 
 # HU beyond these are padding, the corners outside the scanner's circle, or metal in a 12-bit scanner.
 HU_CLAMP = (-1000, 3071)
+# More than any CT has: files that claim more are refused before memory is allocated.
+MAX_SIDE = 4096
+MAX_VOXELS = 1_000_000_000
+# Between voxels of anything that is a CT of a person.
+SPACING_MM = (0.05, 20.0)
+# Cosines of directions agree, and are orthonormal, within this.
+COSINE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)

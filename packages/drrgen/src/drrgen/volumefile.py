@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrgen.defects import Defect, SeriesRejected, printable
-from drrgen.volume import HU_CLAMP, Origin, Volume
+from drrgen.volume import COSINE_TOLERANCE, HU_CLAMP, MAX_SIDE, MAX_VOXELS, SPACING_MM, Origin, Volume
 from drrgen.worker import Crashed, Worker
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
@@ -36,15 +36,8 @@ _IMAGE_IO = {
     ".nrrd": "NrrdImageIO",
 }
 
-# More than any CT has: files that claim more are refused before memory is allocated.
-MAX_SIDE = 4096
-MAX_VOXELS = 1_000_000_000
 # deflate cannot do better than 1032 to 1, so a file that claims more voxels than this does not hold them.
 MAX_PACKING = 1100
-# Between voxels of anything that is a CT of a person.
-SPACING_MM = (0.05, 20.0)
-# Axes are orthonormal within this.
-COSINE_TOLERANCE = 1e-3
 # The answers of one NIfTI header to "where?" agree within this at every corner; written digits alone give 0.03 mm.
 FORM_TOLERANCE_MM = 0.5
 # Every CT of a person has air around or in it, and something denser than water.

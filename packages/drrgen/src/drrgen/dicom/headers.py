@@ -21,10 +21,9 @@ from pydicom.uid import (
 
 from drrgen.defects import Defect, printable
 from drrgen.dicom.series import Slice, Unusable
-from drrgen.volume import Origin
+from drrgen.volume import MAX_SIDE, Origin
 
-# More than any slice of a CT has: files that claim more are refused before memory is allocated.
-MAX_SIDE = 4096
+# More than any slice of a CT has.
 MAX_FILE_BYTES = 64 << 20
 
 # Repairing a series without a damaged file means to do without it.

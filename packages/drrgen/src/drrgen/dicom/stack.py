@@ -7,21 +7,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrgen.defects import Defect, SeriesRejected
-from drrgen.dicom.headers import LEFT_OUT, MAX_SIDE
+from drrgen.dicom.headers import LEFT_OUT
 from drrgen.dicom.pixels import Decode
 from drrgen.dicom.series import Series, Slice
+from drrgen.volume import COSINE_TOLERANCE, MAX_SIDE, MAX_VOXELS, SPACING_MM
 
 Float = NDArray[np.float64]
 
 # A step between slices may differ from the median step by this much: positions are written with few digits.
 STEP_TOLERANCE = 0.01
 STEP_TOLERANCE_MM = 0.01
+# ... but such differences may not add up: no slice lies farther from its place on the grid, in steps.
+PLACE_TOLERANCE = 0.1
 # Slices may drift sideways by this much per slice, in pixels, before they count as shifted.
 DRIFT_TOLERANCE_PX = 0.1
 # A straight drift is a tilted gantry's; no gantry tilts by more than 30 degrees.
 MAX_TILT = np.tan(np.deg2rad(35))
-# Cosines of ImageOrientationPatient agree and are orthonormal within this.
-COSINE_TOLERANCE = 1e-3
 # Interpolation bridges one missing slice, never two side by side.
 MAX_BRIDGED_STEPS = 2
 # A few slices of another kind in a series are strays; more than this fraction are a second scan: which is meant?
@@ -29,10 +30,6 @@ MAX_STRAYS = 0.1
 
 # Fewer slices are scouts, tests or fragments.
 MIN_SLICES = 8
-# More than any CT has: what claims more is refused before memory is allocated.
-MAX_VOXELS = 1_000_000_000
-# Between pixels, or between slices, of anything that is a CT of a person.
-SPACING_MM = (0.05, 20.0)
 
 
 @dataclass(frozen=True)
@@ -229,7 +226,11 @@ def _longest_bridge(steps: Float) -> float:
 
 def _is_even(steps: Float) -> bool:
     step = np.median(steps)
-    return bool((np.abs(steps - step) <= max(STEP_TOLERANCE * step, STEP_TOLERANCE_MM)).all())
+    off_mm = np.cumsum(steps) - np.arange(1, len(steps) + 1) * steps.mean()
+    return bool(
+        (np.abs(steps - step) <= max(STEP_TOLERANCE * step, STEP_TOLERANCE_MM)).all()
+        and (np.abs(off_mm) <= PLACE_TOLERANCE * step).all()
+    )
 
 
 def _check_steps(steps: Float, defects: list[Defect]) -> int:
