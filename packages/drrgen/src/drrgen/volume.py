@@ -1,5 +1,6 @@
 """A CT volume: Hounsfield units on a grid, and where the grid lies in the patient."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +15,9 @@ MAX_VOXELS = 1_000_000_000
 SPACING_MM = (0.05, 20.0)
 # Cosines of directions agree, and are orthonormal, within this.
 COSINE_TOLERANCE = 1e-3
+# Every CT of a person has air around or in it, and something denser than water.
+AIR_HU = -500
+_SAMPLE_VOXELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,18 @@ class Volume:
     def with_hu(self, hu: NDArray[np.int16]) -> "Volume":
         """The same grid with other values."""
         return replace(self, hu=hu)
+
+
+def not_hounsfield(values: NDArray) -> str | None:
+    """Why voxels, [slice, row, column], are no CT of a person in HU, in a line; None where they may be.
+
+    Looks at about a million of them.
+    """
+    step = math.ceil((values.size / _SAMPLE_VOXELS) ** (1 / 3))
+    sample = values[::step, ::step, ::step]
+    if np.percentile(sample, 1) <= AIR_HU and sample.max() >= 0:
+        return None
+    return (
+        f"values of {sample.min():g} to {sample.max():g} are no CT of a person in HU, which has air near -1000: "
+        "stored with an offset or normalised? convert to HU"
+    )

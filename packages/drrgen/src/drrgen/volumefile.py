@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrgen.defects import Defect, SeriesRejected, printable
-from drrgen.volume import COSINE_TOLERANCE, HU_CLAMP, MAX_SIDE, MAX_VOXELS, SPACING_MM, Origin, Volume
+from drrgen.volume import COSINE_TOLERANCE, HU_CLAMP, MAX_SIDE, MAX_VOXELS, SPACING_MM, Origin, Volume, not_hounsfield
 from drrgen.worker import Crashed, Worker
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
@@ -40,8 +40,6 @@ _IMAGE_IO = {
 MAX_PACKING = 1100
 # The answers of one NIfTI header to "where?" agree within this at every corner; written digits alone give 0.03 mm.
 FORM_TOLERANCE_MM = 0.5
-# Every CT of a person has air around or in it, and something denser than water.
-AIR_HU = -500
 # No real header of text is longer.
 HEADER_BYTES = 64 * 1024
 NIFTI_BYTES = 352
@@ -53,6 +51,13 @@ _META_NUMBERS = (
     ("ElementToIntensityFunctionSlope ElementToIntensityFunctionOffset ID ParentID", 1),
     ("Color", 4),
 )
+# The fields that the NRRD library knows; on long lines, and in long fields, it overwrites its own memory.
+_NRRD_FIELDS = set(
+    "type,dimension,sizes,space,space dimension,space directions,space origin,space units,spacings,kinds,centers,"
+    "centerings,labels,units,thicknesses,axis mins,axis maxs,endian,encoding,measurement frame,content,min,max,"
+    "old min,old max,block size,line skip,byte skip,number,sample units".split(",")
+)
+_NRRD_LINE = 300
 _NRRD_SPACES = (
     *("left-posterior-superior", "right-anterior-superior", "left-anterior-superior"),
     *("lps", "ras", "las"),
@@ -64,7 +69,6 @@ _NIFTI_BYTES = {2: 1, 4: 2, 8: 4, 16: 4, 64: 8, 256: 1, 512: 2, 768: 4, 1024: 8,
 _NOT_FINITE = "some of its voxels are no finite numbers: set them to -1000, or to what they should be"
 _ZLIB_OR_GZIP = 47
 _PIECE_BYTES = 64 * 1024
-_SAMPLE_VOXELS = 1_000_000
 _UID = re.compile(r"[0-9]+(\.[0-9]+){3,}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 # What damaged headers raise here and, as RuntimeError, in ITK.
@@ -124,11 +128,16 @@ def is_volume_file(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def examine(path: Path, root: Path) -> VolumeFile:
-    """What the header says, and what is wrong with it; `root` is the folder that names are relative to."""
+def examine(path: Path, root: Path, worker: Worker | None = None) -> VolumeFile:
+    """What the header says, and what is wrong with it; `root` is the folder that names are relative to.
+
+    worker: reads it in another process.
+    """
     origin = _origin(path, root)
     try:
-        grid = _grid(path)
+        grid: _Grid = _grid(path) if worker is None else next(worker.run(_grids, path))
+    except Crashed as error:
+        return VolumeFile(path, origin, (0, 0, 0), (0.0, 0.0, 0.0), (Defect("unreadable-file", str(error)),))
     except SeriesRejected as rejected:
         return VolumeFile(path, origin, (0, 0, 0), (0.0, 0.0, 0.0), rejected.defects)
     x_mm, y_mm, z_mm = (float(step) for step in np.linalg.norm(grid.world_from_voxel[:3, :3], axis=0))
@@ -148,11 +157,15 @@ def read(file: VolumeFile, worker: Worker | None = None) -> Volume:
         return Volume(_voxels(file.path), grid.world_from_voxel, file.origin)
     hu = np.empty(grid.shape, np.int16)
     try:
-        for image, read_there in zip(hu, worker.images(_slices, file.path), strict=True):
+        for image, read_there in zip(hu, worker.run(_slices, file.path), strict=True):
             image[:] = read_there
     except Crashed as error:
         _reject("undecodable-file", str(error))
     return Volume(hu, grid.world_from_voxel, file.origin)
+
+
+def _grids(path: Path) -> Iterator[_Grid]:
+    yield _grid(path)
 
 
 def _slices(path: Path) -> Iterator[NDArray[np.int16]]:
@@ -207,6 +220,8 @@ def _grid(path: Path) -> _Grid:
     except _DAMAGE as error:
         reason = _reason(error)
         _reject("bad-orientation" if "orthonormal" in reason else "unreadable-file", reason)
+    if voxel_bytes < 2:
+        _reject("not-hounsfield", "8 bits hold no CT in HU: a label map?")
     data_bytes = stored.lead + math.prod(size) * voxel_bytes
     _check_size(size, spacing)
     if data_bytes > stored.most_bytes:
@@ -340,14 +355,8 @@ def _hounsfield(stored: NDArray[Any]) -> NDArray[np.int16]:
     """Rounded and clamped to HU_CLAMP, slice by slice to save memory; refuses what is no CT in HU."""
     if stored.dtype.kind == "f" and not all(np.isfinite(image).all() for image in stored):
         _reject("not-hounsfield", _NOT_FINITE)
-    step = math.ceil((stored.size / _SAMPLE_VOXELS) ** (1 / 3))
-    low, high = stored.min(), stored.max()
-    if np.percentile(stored[::step, ::step, ::step], 1) > AIR_HU or high < 0:
-        _reject(
-            "not-hounsfield",
-            f"values of {low:g} to {high:g} are no CT of a person in HU, "
-            "which has air near -1000: stored with an offset or normalised? convert to HU",
-        )
+    if reason := not_hounsfield(stored):
+        _reject("not-hounsfield", reason)
     hu = np.empty(stored.shape, np.int16)
     for image, one in zip(hu, stored, strict=True):
         image[:] = np.rint(np.clip(one, *HU_CLAMP))
@@ -489,14 +498,19 @@ def _check_nrrd(path: Path) -> _Stored:
         name, separator, value = line.partition(":")
         if line.startswith("#") or value.startswith("="):
             continue
-        if not separator or name.lower() in fields:
-            _reject("unreadable-file", f"its header's line {line[:40]!r} is no `name: value`, or says it twice")
-        fields[name.lower()] = value.strip()
+        key = " ".join(name.lower().split())
+        if not separator or key in fields or len(line) > _NRRD_LINE:
+            _reject(
+                "unreadable-file", f"its header's line {line[:40]!r} is no `name: value`, too long, or says it twice"
+            )
+        if key.replace(" ", "") == "datafile":
+            _reject("external-data", "its voxels are in another file: store them in one")
+        if key not in _NRRD_FIELDS:
+            _reject("unreadable-file", f"its header has a field {name[:40]!r}, which is none of NRRD's")
+        fields[key] = value.strip()
     else:
         _reject("unreadable-file", f"its header does not end in its first {HEADER_BYTES} bytes")
 
-    if {"".join(name.split()) for name in fields} & {"datafile"}:
-        _reject("external-data", "its voxels are in another file: store them in one")
     if fields.get("space", "").lower() not in _NRRD_SPACES:
         _reject(
             "bad-orientation", f"space is {fields.get('space', 'missing')[:40]!r}: how the patient lies is not known"

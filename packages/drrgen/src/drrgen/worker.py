@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 # A slice takes milliseconds and a whole file seconds; this is enough for a slow disk and not for one that hangs.
 IMAGE_LIMIT_S = 120.0
@@ -20,9 +19,10 @@ class Crashed(Exception):
 
 
 class Worker:
-    """Runs functions that yield int16 images, in a process that is started when needed and again after a crash.
+    """Runs generator functions in a process that is started when needed, and again after a crash.
 
-    Images arrive through a pipe one by one, so that no more than one is in memory in each process on their account.
+    What they yield arrives through a pipe one by one, so that no more than one image is in memory in each process on
+    their account.
     """
 
     def __init__(self, limit_s: float = IMAGE_LIMIT_S) -> None:
@@ -30,9 +30,7 @@ class Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
 
-    def images(
-        self, function: Callable[[Any], Iterator[NDArray[np.int16]]], argument: Any
-    ) -> Iterator[NDArray[np.int16]]:
+    def run(self, function: Callable[[Any], Iterator[Any]], argument: Any) -> Iterator[Any]:
         """What `function(argument)` yields there. Raises what it raises, or Crashed."""
         pipe = self._started()
         is_idle = False
@@ -41,15 +39,16 @@ class Worker:
             while True:
                 if not pipe.poll(self._limit_s):
                     raise Crashed(f"the decoder did not finish in {self._limit_s:g} seconds")
-                answer = pipe.recv()
-                if not isinstance(answer, tuple):
+                kind, value = pipe.recv()
+                if kind == "end":
                     is_idle = True
-                    if answer is not None:
-                        raise answer
+                    if value is not None:
+                        raise value
                     return
-                image = np.empty(answer, np.int16)
-                pipe.recv_bytes_into(image.data.cast("B"))
-                yield image
+                if kind == "image":
+                    value = np.empty(value, np.int16)
+                    pipe.recv_bytes_into(value.data.cast("B"))
+                yield value
         except (EOFError, ConnectionError) as error:
             raise Crashed("the decoder crashed on it") from error
         finally:
@@ -82,7 +81,7 @@ class Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """For each function: the shape and bytes of every image, then None or the exception that ended it."""
+    """For each function: what it yields, int16 images as bytes, and an end, with the exception that it was, or None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main one decides
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders write there what they stumble over; ours is one line
     while True:
@@ -92,9 +91,12 @@ def _serve(pipe: Connection) -> None:
             return
         end = None
         try:
-            for image in function(argument):
-                pipe.send(image.shape)
-                pipe.send_bytes(np.ascontiguousarray(image).data.cast("B"))
+            for value in function(argument):
+                if isinstance(value, np.ndarray):
+                    pipe.send(("image", value.shape))
+                    pipe.send_bytes(np.ascontiguousarray(value, np.int16).data.cast("B"))
+                else:
+                    pipe.send(("value", value))
         except Exception as error:
             end = error
-        pipe.send(end)
+        pipe.send(("end", end))

@@ -4,7 +4,7 @@ from drrgen.dicom.index import File, find_series, walk
 from drrgen.dicom.pixels import Decode, decode, decoder
 from drrgen.dicom.reader import read, read_stack
 from drrgen.dicom.series import Series, Slice, Unusable
-from drrgen.dicom.stack import Stack, examine
+from drrgen.dicom.stack import Stack, examine, without_strays
 from drrgen.dicom.writer import write_series
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "read",
     "read_stack",
     "walk",
+    "without_strays",
     "write_series",
 ]

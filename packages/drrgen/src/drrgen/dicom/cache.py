@@ -18,7 +18,7 @@ from drrgen.dicom.series import Slice, Unusable
 from drrgen.volume import Origin
 
 # Raise it whenever a header would be read differently: older caches are then begun anew.
-_VERSION = 1
+_VERSION = 2
 
 _log = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class Cache:
 @contextmanager
 def opened(directory: Path) -> Iterator[Cache]:
     """The cache of one folder's files."""
-    path = folder() / f"index-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]}.sqlite"
+    name = f"index-{hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]}.sqlite"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cache = Cache(_connected(path))
-    except (OSError, sqlite3.Error) as error:
-        _log.warning("the index cannot be kept for the next time: %s (%s)", path, error)
+        folder().mkdir(parents=True, exist_ok=True)
+        cache = Cache(_connected(folder() / name))
+    except (OSError, RuntimeError, sqlite3.Error) as error:  # RuntimeError: there is no home
+        _log.warning("the index cannot be kept for the next time (%s)", error)
         cache = Cache(_prepared(":memory:"))
     try:
         yield cache

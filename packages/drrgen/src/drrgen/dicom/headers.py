@@ -33,15 +33,21 @@ LEFT_OUT = "left out"
 _NAMES = (
     "SOPClassUID SOPInstanceUID ImageType StudyInstanceUID SeriesInstanceUID PatientID Manufacturer ConvolutionKernel "
     "KVP SliceThickness ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns BitsAllocated "
-    "SamplesPerPixel NumberOfFrames RescaleSlope RescaleIntercept"
+    "BitsStored HighBit SamplesPerPixel NumberOfFrames RescaleSlope RescaleIntercept"
 )
 _TAGS = [Tag(name) for name in _NAMES.split()]
 
 # Most headers are shorter than this, and read at once.
 _HEAD_BYTES = 16 << 10
+# None of the tags that are read is longer; the others are skipped, whatever their length.
+_MAX_TAG_BYTES = 1 << 20
 # A frame is compressed into one item, or a few.
 _MAX_ITEMS = 10_000
 _DICM_AT = 128
+# How DICOM without the 128 bytes and the mark before it begins: with one of the first tags that an image has.
+_BARE_DICOM = tuple(b"\x08\x00" + element for element in (b"\0\0", b"\1\0", b"\5\0", b"\10\0", b"\22\0", b"\26\0"))
+# Derived from a CT, in its format, and no CT: maximum and minimum intensity projections.
+_PROJECTIONS = {"MIP", "MINIP", "PROJECTION IMAGE"}
 _LONG_VR = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN")
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _ITEM, _END_OF_SEQUENCE = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
@@ -56,19 +62,23 @@ class Header:
 
 
 class BoundedFile(io.BufferedReader):
-    """A file for pydicom: a length in a header is a claim, and no read asks for more bytes than there are.
+    """A file for pydicom: a length in a header is a claim, and no read asks for more bytes than there are, or `most`.
 
     pydicom reads without a length only to inflate a deflated file, at once and however large: that is refused here.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most: int) -> None:
         super().__init__(io.FileIO(path))
         self.size = os.fstat(self.fileno()).st_size
+        self._most = most
 
     def read(self, size: int | None = None, /) -> bytes:
         if size is None or size < 0:
             raise ValueError("the deflated transfer syntax is not accepted")
-        return super().read(min(size, max(0, self.size - self.tell())))
+        there = min(size, max(0, self.size - self.tell()))
+        if there > self._most:
+            raise ValueError(f"a tag of {there} bytes")
+        return super().read(there)
 
 
 def silent() -> warnings.catch_warnings:
@@ -79,18 +89,26 @@ def silent() -> warnings.catch_warnings:
 def read_header(path: Path) -> Header | None:
     """What a file says of itself; None where it is no CT slice: another kind of file or image, or a scout."""
     try:
-        with BoundedFile(path) as file:
-            if file.peek(_DICM_AT + 4)[_DICM_AT : _DICM_AT + 4] != b"DICM":
-                # an interrupted download leaves empty files under a slice's name
-                if file.size <= _DICM_AT and path.suffix.lower() == ".dcm":
-                    raise ValueError("the file ends before it begins")
-                return None
-            with silent():
-                return _ct_header(path, file)
+        with BoundedFile(path, _MAX_TAG_BYTES) as file:
+            start = file.peek(_DICM_AT + 4)
+            if start[_DICM_AT : _DICM_AT + 4] == b"DICM":
+                with silent():
+                    return _ct_header(path, file)
+            if start.startswith(_BARE_DICOM):
+                raise ValueError("DICOM without its preamble is not read: write it anew")
+            if path.suffix.lower() == ".dcm":
+                # so an interrupted download leaves it: empty, or of its full size and full of zeros
+                raise ValueError("no DICOM, under a slice's name: get it again")
+            return None
     except Exception as error:  # on damaged and hostile files pydicom raises whatever it stumbles over
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        message = f"{printable(path.name)}: {printable(reason)[:200] or type(error).__name__}: get it again"
-        return Header(None, Unusable(path, Defect("unreadable-file", message, LEFT_OUT)))
+        return Header(
+            None, _unusable(path, "unreadable-file", printable(reason)[:200] or type(error).__name__, LEFT_OUT)
+        )
+
+
+def _unusable(path: Path, code: str, reason: str, repair: str | None = None) -> Unusable:
+    return Unusable(path, Defect(code, reason, repair, printable(path.name)))
 
 
 def _ct_header(path: Path, file: BoundedFile) -> Header | None:
@@ -100,10 +118,13 @@ def _ct_header(path: Path, file: BoundedFile) -> Header | None:
     if not sop_class or (sop_class == CTImageStorage and "Rows" not in header and end >= file.size):
         raise ValueError("the file ends in its header")
     if sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
-        message = f"{printable(path.name)}: Enhanced (multi-frame) CT is not read: export it as single-frame CT images"
-        return Header(_origin(header), Unusable(path, Defect("multi-frame", message)))
-    if sop_class != CTImageStorage or "LOCALIZER" in _texts(header.get("ImageType")):
+        reason = "Enhanced (multi-frame) CT is not read: export it as single-frame CT images"
+        return Header(_origin(header), _unusable(path, "multi-frame", reason))
+    kinds = set(_texts(header.get("ImageType")))
+    if sop_class != CTImageStorage or "LOCALIZER" in kinds:
         return None
+    if kinds & _PROJECTIONS:
+        return Header(_origin(header), _unusable(path, "projection", "an intensity projection (MIP) is no CT"))
     file.seek(end)
     return Header(_origin(header), _slice(path, header, file))
 
@@ -122,35 +143,44 @@ def _parsed(file: BoundedFile) -> tuple[pydicom.FileDataset, int]:
     return header, file.tell()
 
 
-def _slice(path: Path, header: pydicom.FileDataset, file: BoundedFile) -> Slice | Unusable:
-    def unusable(code: str, reason: str, repair: str | None = None) -> Unusable:
-        return Unusable(path, Defect(code, f"{printable(path.name)}: {reason}", repair))
+def geometry(path: Path, header: pydicom.Dataset) -> Slice:
+    """A file's place in the series. Raises AttributeError, TypeError, ValueError or OverflowError where it has none."""
+    return Slice(
+        path=path,
+        sop_uid=_text(header.get("SOPInstanceUID")) or "",
+        position_mm=_vector(header.ImagePositionPatient, 3),
+        orientation=_vector(header.ImageOrientationPatient, 6),
+        spacing_mm=_vector(header.PixelSpacing, 2),
+        shape=(int(header.Rows), int(header.Columns)),
+    )
 
+
+def _slice(path: Path, header: pydicom.FileDataset, file: BoundedFile) -> Slice | Unusable:
     try:
-        one = Slice(
-            path=path,
-            sop_uid=_text(header.get("SOPInstanceUID")) or "",
-            position_mm=_vector(header.ImagePositionPatient, 3),
-            orientation=_vector(header.ImageOrientationPatient, 6),
-            spacing_mm=_vector(header.PixelSpacing, 2),
-            shape=(int(header.Rows), int(header.Columns)),
-        )
+        one = geometry(path, header)
     except (AttributeError, OverflowError, TypeError, ValueError):
-        return unusable("missing-tags", "position, orientation, spacing or size is missing or no number")
+        return _unusable(path, "missing-tags", "position, orientation, spacing or size is missing or no number")
     slope, intercept = number(header.get("RescaleSlope")), number(header.get("RescaleIntercept"))
     # both are required of a CT (PS3.3 C.8.2.1); guessing them would shift every value
     if slope is None or intercept is None or slope <= 0:
-        return unusable("missing-tags", "RescaleSlope and RescaleIntercept are not two numbers, the slope above 0")
+        return _unusable(
+            path, "missing-tags", "RescaleSlope and RescaleIntercept are not two numbers, the slope above 0"
+        )
     if not all(0 < side <= MAX_SIDE for side in one.shape) or file.size > MAX_FILE_BYTES:
-        return unusable("absurd-size", f"a slice of {one.shape} pixels in {file.size} bytes")
+        return _unusable(path, "absurd-size", f"a slice of {one.shape} pixels in {file.size} bytes")
     layout = tuple(header.get(name, 1) for name in ("BitsAllocated", "SamplesPerPixel", "NumberOfFrames"))
     if layout != (16, 1, 1):
-        return unusable("unsupported-pixels", "not one frame of one 16-bit sample per pixel")
+        return _unusable(path, "unsupported-pixels", "not one frame of one 16-bit sample per pixel")
+    bits = header.get("BitsStored", 16)
+    if header.get("HighBit", bits - 1) != bits - 1:
+        return _unusable(
+            path, "unsupported-pixels", "HighBit is not BitsStored - 1: values are shifted within their 16 bits"
+        )
     found, wanted = _pixel_bytes(header, file), 2 * one.shape[0] * one.shape[1]
     if found is None:
-        return unusable("truncated-file", "the file ends before its pixels do: get it again", LEFT_OUT)
+        return _unusable(path, "truncated-file", "the file ends before its pixels do: get it again", LEFT_OUT)
     if found != wanted and not header.file_meta.TransferSyntaxUID.is_compressed:
-        return unusable("wrong-pixel-length", f"{found} bytes of pixels instead of {wanted}", LEFT_OUT)
+        return _unusable(path, "wrong-pixel-length", f"{found} bytes of pixels instead of {wanted}", LEFT_OUT)
     return one
 
 

@@ -38,37 +38,43 @@ class File:
 
 
 def walk(directory: Path) -> Iterator[File]:
-    """Regular files below a folder, in order. Links are not followed; what is hidden is passed over.
+    """Regular files below a folder. Links are not followed; what is hidden is passed over.
 
-    Raises InputError where there is no such folder. A folder below that cannot be listed is named in the log.
+    Raises InputError where it is no folder. A folder below that cannot be listed, and links, are named in the log.
     """
     if not directory.is_dir():
-        raise InputError(f"--ct-dir {directory}: there is no such folder")
-    return _walk(str(directory), "")
-
-
-def _walk(folder: str, name: str) -> Iterator[File]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        _log.warning("%s: cannot be listed (%s): what is in it goes unseen", printable(folder), error.strerror)
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
+        raise InputError(
+            f"--ct-dir {directory}: {'a file: give its folder' if directory.exists() else 'there is no such folder'}"
+        )
+    num_links = 0
+    folders = [(str(directory), "")]
+    while folders:
+        folder, prefix = folders.pop()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            _log.warning("%s: cannot be listed (%s): what is in it goes unseen", printable(folder), error.strerror)
             continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, f"{name}{entry.name}/")
-        elif entry.is_file(follow_symlinks=False):
-            status = entry.stat(follow_symlinks=False)
-            yield File(Path(entry.path), name + entry.name, (status.st_size, status.st_mtime_ns))
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink():
+                num_links += 1
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append((entry.path, f"{prefix}{entry.name}/"))
+            elif entry.is_file(follow_symlinks=False):
+                status = entry.stat(follow_symlinks=False)
+                yield File(Path(entry.path), prefix + entry.name, (status.st_size, status.st_mtime_ns))
+    if num_links:
+        _log.warning("%s: %d symbolic links are not followed: give the folder that they lead to", directory, num_links)
 
 
 def find_series(directory: Path, files: Iterable[File] | None = None) -> list[Series]:
     """All series of CT images below a folder, sorted by patient and series. files: those that `walk` found, if known.
 
     Files that are no CT images (CR and DX, scouts, XML, licences) are passed over. Unreadable DICOM files count to the
-    series that has their folder for itself; where there is none, they are a series of an unknown patient. Two folders
-    that hold the same slices are two copies of a series, two that hold different slices are one series.
+    series that has their folder for itself; where there is none, they are a series of an unknown patient. A folder all
+    of whose slices lie in another one, too, is a copy; folders of which each has some of its own are one series.
     """
     headers = _headers(directory, walk(directory) if files is None else files)
     by_series: dict[str, dict[str, list[Header]]] = defaultdict(lambda: defaultdict(list))
@@ -111,17 +117,22 @@ def _series(headers: list[Header], lost: list[Unusable]) -> Series:
 
 
 def _copies(folders: dict[str, list[Header]]) -> list[list[Header]]:
-    """The headers of one SeriesInstanceUID, folders that hold no slice twice put together."""
+    """The headers of one SeriesInstanceUID, put together but for folders whose every slice another one has.
+
+    Which slices are the same SOPInstanceUIDs tell, where each slice has one of its own.
+    """
     copies: list[tuple[set[str], list[Header]]] = []
-    for _, headers in sorted(folders.items()):
-        uids = {header.content.sop_uid for header in headers if isinstance(header.content, Slice)}
-        for known, group in copies:
-            if not known & uids:
-                known |= uids
-                group += headers
-                break
+    for _, headers in sorted(folders.items(), key=lambda folder: (-len(folder[1]), folder[0])):
+        uids = [header.content.sop_uid for header in headers if isinstance(header.content, Slice)]
+        can_tell = len(set(uids)) == len(uids) and "" not in uids
+        is_copy = bool(uids) and can_tell and any(known.issuperset(uids) for known, _ in copies)
+        # a copy may lie in several folders itself, each with slices of its own
+        place = next(((known, group) for known, group in copies if not is_copy or known.isdisjoint(uids)), None)
+        if place is None:
+            copies.append((set(uids), headers))
         else:
-            copies.append((uids, headers))
+            place[0].update(uids)
+            place[1].extend(headers)
     return [group for _, group in copies]
 
 

@@ -11,7 +11,7 @@ from pydicom.encaps import get_frame
 from pydicom.uid import RLELossless
 
 from drrgen.defects import Defect, SeriesRejected, printable
-from drrgen.dicom.headers import MAX_FILE_BYTES, BoundedFile, number, silent
+from drrgen.dicom.headers import MAX_FILE_BYTES, BoundedFile, geometry, number, silent
 from drrgen.dicom.series import Slice
 from drrgen.volume import HU_CLAMP
 from drrgen.worker import Crashed, Worker
@@ -38,7 +38,7 @@ def decoder(worker: Worker) -> Decode:
 
     def decode_there(slices: Iterable[Slice]) -> Iterator[NDArray[np.int16]]:
         ones = list(slices)
-        images = worker.images(decode, ones)
+        images = worker.run(decode, ones)
         for one in ones:
             try:
                 yield next(images)
@@ -50,18 +50,16 @@ def decoder(worker: Worker) -> Decode:
 
 
 def _undecodable(path: Path, reason: str) -> SeriesRejected:
-    return SeriesRejected(Defect("undecodable-file", f"{printable(path.name)}: {reason}"))
+    return SeriesRejected(Defect("undecodable-file", reason, file=printable(path.name)))
 
 
 def _hounsfield(one: Slice) -> NDArray[np.int16]:
     """Reads the file anew: its header was checked when it was indexed, but may have changed since."""
-    with BoundedFile(one.path) as file:
-        if file.size > MAX_FILE_BYTES:
-            raise ValueError(f"{file.size} bytes are no slice")
+    with BoundedFile(one.path, MAX_FILE_BYTES) as file:
         dataset = pydicom.dcmread(file)
     slope, intercept = number(dataset.get("RescaleSlope")), number(dataset.get("RescaleIntercept"))
-    if slope is None or intercept is None or (dataset.Rows, dataset.Columns) != one.shape:
-        raise ValueError("the file has changed since it was indexed")
+    if slope is None or intercept is None or geometry(one.path, dataset) != one:
+        raise ValueError("it is not the slice any more that it was when it was indexed")
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and syntax != RLELossless:
         if (shape := _stream_shape(get_frame(dataset.PixelData, 0, number_of_frames=1))) != one.shape:

@@ -10,7 +10,7 @@ from drrgen.defects import Defect, SeriesRejected
 from drrgen.dicom import pixels
 from drrgen.dicom.series import Series
 from drrgen.dicom.stack import Stack, examine
-from drrgen.volume import HU_CLAMP, Volume
+from drrgen.volume import HU_CLAMP, Volume, not_hounsfield
 
 
 def read(series: Series, on_defect: str = "reject", decode: pixels.Decode = pixels.decode) -> Volume:
@@ -41,11 +41,13 @@ def read_stack(
             image[:] = decoded
     else:
         _interpolate(hu, stack, decode(stack.slices))
+    if reason := not_hounsfield(hu):
+        raise SeriesRejected(Defect("not-hounsfield", reason))
     return Volume(
         hu,
         stack.world_from_voxel,
         series.origin,
-        defects=tuple(map(str, defects)),
+        defects=tuple(f"{one.code}: {one.message}" for one in defects),
         repairs=tuple(f"{one.code}: {one.repair}" for one in defects),
     )
 

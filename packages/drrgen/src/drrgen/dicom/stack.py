@@ -1,12 +1,12 @@
 """The slices of one series as a stack: their order, the grid they make, and every way in which they do not."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drrgen.defects import Defect, SeriesRejected
+from drrgen.defects import Defect, SeriesRejected, printable
 from drrgen.dicom.headers import LEFT_OUT
 from drrgen.dicom.pixels import Decode
 from drrgen.dicom.series import Series, Slice
@@ -58,9 +58,11 @@ def examine(series: Series, decode: Decode) -> tuple[list[Defect], Stack | None]
     Reads headers only, but compares the pixels of slices that lie at one place.
     """
     defects = _unusable(series)
+    if not series.slices:
+        return defects, None
     try:
         _check_origin(series)
-        alike, strays = _without_strays(list(series.slices))
+        alike, strays = without_strays(list(series.slices))
         defects += strays
         _check_size(alike)
         return defects, _stack(alike, decode, defects)
@@ -76,9 +78,11 @@ def _unusable(series: Series) -> list[Defect]:
     """One defect per code, which names the first file and counts the others."""
     defects = []
     for code, count in Counter(one.defect.code for one in series.unusable).items():
-        first = min((one for one in series.unusable if one.defect.code == code), key=lambda one: one.path)
-        others = f" (and {count - 1} more)" if count > 1 else ""
-        defects.append(Defect(code, first.defect.message + others, first.defect.repair))
+        first = min((one for one in series.unusable if one.defect.code == code), key=lambda one: one.path).defect
+        if count > 1:
+            first = replace(first, message=f"{count} files; the first: {first.message}")
+        # where nothing else is, there is nothing to leave it out of
+        defects.append(first if series.slices else replace(first, repair=None))
     return defects
 
 
@@ -99,7 +103,7 @@ def _check_size(slices: list[Slice]) -> None:
         raise _rejected("absurd-size", f"PixelSpacing of {spacings.min():g} to {spacings.max():g} mm")
 
 
-def _without_strays(slices: list[Slice]) -> tuple[list[Slice], list[Defect]]:
+def without_strays(slices: list[Slice]) -> tuple[list[Slice], list[Defect]]:
     """The largest set of slices that are alike, and the defects of there being others."""
     defects = []
     for code, what, is_like in (
@@ -108,7 +112,7 @@ def _without_strays(slices: list[Slice]) -> tuple[list[Slice], list[Defect]]:
         (
             "mixed-spacing",
             "PixelSpacing",
-            lambda a, b: _near(a.spacing_mm, b.spacing_mm, STEP_TOLERANCE * min(b.spacing_mm)),
+            lambda a, b: _near(a.spacing_mm, b.spacing_mm, STEP_TOLERANCE * abs(min(b.spacing_mm))),
         ),
     ):
         sets: list[list[Slice]] = []
@@ -121,10 +125,10 @@ def _without_strays(slices: list[Slice]) -> tuple[list[Slice], list[Defect]]:
         if len(sets) > 1:
             largest = max(sets, key=len)
             others = len(slices) - len(largest)
-            first = min(one.path.name for group in sets if group is not largest for one in group)
+            first = min(one.path for group in sets if group is not largest for one in group)
             repair = LEFT_OUT if others <= MAX_STRAYS * len(slices) else None
-            message = f"{others} of {len(slices)} slices have another {what}, the first is {first}"
-            defects.append(Defect(code, message, repair))
+            message = f"{others} of {len(slices)} slices have another {what}"
+            defects.append(Defect(code, message, repair, printable(first.name)))
             slices = largest
     return slices, defects
 
@@ -184,16 +188,14 @@ def _without_duplicates(slices: list[Slice], normal: Float, decode: Decode, defe
     kept = [slices[place[0]] for place in places]
     if len(kept) == len(slices):
         return slices
-    first = next(slices[place[1]].path.name for place in places if len(place) > 1)
+    first = printable(next(slices[place[1]].path.name for place in places if len(place) > 1))
     for place in places:
         ones = [slices[i] for i in place]
         if len(ones) > 1 and not _are_copies(ones, decode):
-            message = f"{ones[0].path.name} and {ones[1].path.name} lie at one position and differ"
-            raise _rejected("duplicate-position", message)
+            names = " and ".join(printable(f"{one.path.parent.name}/{one.path.name}") for one in ones[:2])
+            raise SeriesRejected(Defect("duplicate-position", "two slices lie at one position and differ", file=names))
     count = len(slices) - len(kept)
-    defects.append(
-        Defect("duplicate-slice", f"{count} slices are exact copies of others, the first is {first}", "dropped")
-    )
+    defects.append(Defect("duplicate-slice", f"{count} slices are exact copies of others", "dropped", first))
     return kept
 
 
@@ -215,8 +217,8 @@ def _without_outliers(slices: list[Slice], normal: Float, defects: list[Defect])
     low, high = int(steps[0] > limit >= steps[1]), int(steps[-1] > limit >= steps[-2])
     for is_far, one, gap in ((low, slices[0], steps[0]), (high, slices[-1], steps[-1])):
         if is_far:
-            message = f"the end slice {one.path.name} lies {gap:g} mm from the next, the others {np.median(steps):g} mm"
-            defects.append(Defect("outlier-end-slice", message, "trimmed"))
+            message = f"an end slice lies {gap:g} mm from the next, the others {np.median(steps):g} mm"
+            defects.append(Defect("outlier-end-slice", message, "trimmed", printable(one.path.name)))
     return slices[low : len(slices) - high]
 
 
@@ -258,11 +260,12 @@ def _check_steps(steps: Float, defects: list[Defect]) -> int:
 def _check_drift(offset_mm: Float, depth_mm: Float, num_steps: int, pixel_mm: float, defects: list[Defect]) -> bool:
     """Whether the slices do not lie straight above one another. offset_mm: [n, 2], in plane, from the first slice."""
     per_step = np.linalg.norm(np.diff(offset_mm, axis=0), axis=1) / (np.diff(depth_mm) / depth_mm[-1] * num_steps)
-    if per_step.max() <= DRIFT_TOLERANCE_PX * pixel_mm:
-        return False
     slope = offset_mm[-1] / depth_mm[-1]
+    is_straight = np.abs(offset_mm - np.outer(depth_mm, slope)).max() <= pixel_mm / 2
+    if per_step.max() <= DRIFT_TOLERANCE_PX * pixel_mm and is_straight:
+        return False
     tilt = float(np.linalg.norm(slope))
-    if np.abs(offset_mm - np.outer(depth_mm, slope)).max() <= pixel_mm / 2:
+    if is_straight:
         message = (
             f"slices are shifted sideways evenly: the gantry was tilted by {np.rad2deg(np.arctan(tilt)):.1f} degrees"
         )
