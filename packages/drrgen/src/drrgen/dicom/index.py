@@ -51,7 +51,8 @@ def walk(directory: Path) -> Iterator[File]:
     while folders:
         folder, prefix = folders.pop()
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             _log.warning("%s: cannot be listed (%s): what is in it goes unseen", printable(folder), error.strerror)
             continue
