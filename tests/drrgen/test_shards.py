@@ -6,9 +6,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from tests.drrgen.test_cli import drrgen as command
 from tests.drrgen.volumes import volume
 
-from drrgen import shards
+from drrgen import anatomy, dicom, phantom, shards, truncation
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views
 from drrgen.nodules import RATINGS, AnnotatedNodule
@@ -298,3 +299,27 @@ def test_render_hands_out_every_view_once_in_order() -> None:
 def test_json_lists_in_ct_attributes(path: Path) -> None:
     with h5py.File(path) as file:
         assert json.loads(file["ct"].attrs["defects"]) == []
+
+
+def test_truncation_marks_are_stored_at_every_level_and_checked(tmp_path: Path) -> None:
+    """A shard rendered by `run` has them; a lower level that loses a mark, or another value, is a violation."""
+    chest = phantom.voxelise(anatomy.thorax(0), (30, 64, 64), (6.0, 6.0, 6.0))  # 180 of its 340 mm
+    dicom.write_series(tmp_path / "ct" / "series", chest, "chest")
+    settings = ("--grid", "90deg", "--size", 64, "--levels", "64,32", "--out", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        assert command("render", "--ct-dir", tmp_path / "ct", *settings, monkeypatch=patch) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    assert shards.violations(path) == []
+    with h5py.File(path, "r+") as file:
+        marks = file["truncation/64"][:]
+        pa = int(np.flatnonzero((file["views/azimuth_deg"][:] == 0) & (file["views/elevation_deg"][:] == 0))[0])
+        above = int(np.flatnonzero(file["views/elevation_deg"][:] == 90)[0])
+        # from above every ray through the body leaves through an end; from the front only those near the ends
+        assert 0 < marks[pa].mean() < 0.1 < marks[above].mean()
+        assert np.array_equal(file["truncation/32"][:], truncation.halved(marks))
+        row, column = np.argwhere(file["truncation/32"][above])[0]
+        file["truncation/32"][above, row, column] = 0
+    assert shards.violations(path) == [f"truncation/32: view {above} does not mark what the next larger level marks"]
+    with h5py.File(path, "r+") as file:
+        file["truncation/64"][0, 0, 0] = 7
+    assert f"truncation/64: view {0} has other values than 0 and 1" in shards.violations(path)

@@ -39,7 +39,7 @@ def main() -> None:
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Traces are for bugs. On a full disk every HDF5 object prints one when it goes; `main` has said it in one line."""
-    if not issubclass(kind, OSError):
+    if not issubclass(kind, OSError) and "Can't decrement id ref count" not in str(error):
         sys.__excepthook__(kind, error, trace)
 
 

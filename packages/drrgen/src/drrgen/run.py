@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from drrgen import anatomy, attenuation, body, catalog, dicom, grid, lidc, phantom, projectors, shards
@@ -12,7 +13,8 @@ from drrgen.defects import POLICIES, SeriesRejected, printable
 from drrgen.errors import InputError
 from drrgen.geometry import Views
 from drrgen.render import render
-from drrgen.volume import Volume
+from drrgen.truncation import truncated
+from drrgen.volume import HU_CLAMP, Volume
 from drrgen.worker import Worker
 
 _PHANTOM_MANUFACTURER = "drrgen phantom"
@@ -107,8 +109,9 @@ def _difference(shard: shards.Shard, entry: catalog.Entry) -> str:
 
 
 def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: RenderConfig, bar: tqdm) -> None:
-    if not config.keep_table:
-        volume = volume.with_hu(body.remove_table(volume))
+    mask = body.body_mask(volume) if not config.keep_table else None
+    if mask is not None:
+        volume = volume.with_hu(np.where(mask, volume.hu, np.int16(HU_CLAMP[0])))
     azimuth_deg, elevation_deg = grid.directions(config.grid, config.azimuth, config.elevation)
     views = Views(azimuth_deg, elevation_deg, volume.centre_mm, config.setup.sdd_mm, config.setup.sod_mm)
     batches = render(
@@ -129,9 +132,13 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
         nodules=None if entry.stack is None else lidc.nodules(volume.origin.series_uid, entry.stack.slices),
         **_terms(entry, config),
     ) as writer:
+        num_done = 0
         for images in batches:
-            writer.append(images)
-            bar.update(len(images[config.size]))
+            batch = views[num_done : num_done + len(images[config.size])]
+            num_done += len(batch)
+            marks = truncated(mask, volume.voxel_from_world, batch, config.detectors[0]) if mask is not None else None
+            writer.append(images, marks)
+            bar.update(len(batch))
         if saturated := writer.saturated[config.size]:
             bar.write(f"{path}: {saturated} pixels are at the end of the scale, a line integral of 16", file=sys.stderr)
 

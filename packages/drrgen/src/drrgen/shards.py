@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from drrgen import __version__, attenuation
+from drrgen import __version__, attenuation, truncation
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views, project
 from drrgen.nodules import MAX_READERS, RATINGS, AnnotatedNodule, boxes, lower_level
@@ -88,14 +88,26 @@ class Writer:
         self._num_done = 0
         self.saturated = dict.fromkeys(levels, 0)
 
-    def append(self, images: dict[int, Images]) -> None:
-        """The next views at every level, {size: [views, size, size]}."""
+    def append(self, images: dict[int, Images], truncated: NDArray[np.uint8] | None = None) -> None:
+        """The next views at every level, {size: [views, size, size]}, and the largest level's truncation marks."""
+        if truncated is not None:
+            self._append_marks(truncated, list(images))
         for size, batch in images.items():
             rows = slice(self._num_done, self._num_done + len(batch))
             self._file[f"images/{size}"][rows] = batch
             self._file[f"checks/{size}/crc32"][rows] = [_crc32(image) for image in batch]
             self.saturated[size] += int((batch == np.iinfo(np.uint16).max).sum())
         self._num_done += len(batch)
+
+    def _append_marks(self, marks: NDArray[np.uint8], levels: list[int]) -> None:
+        for size in levels:
+            if size != levels[0]:
+                marks = truncation.halved(marks)
+            if f"truncation/{size}" not in self._file:
+                shape = (self._file[f"images/{size}"].shape[0], size, size)
+                options = dict(chunks=(1, size, size), shuffle=True, compression="gzip", compression_opts=1)
+                self._file.create_dataset(f"truncation/{size}", shape, np.uint8, **options)
+            self._file[f"truncation/{size}"][self._num_done : self._num_done + len(marks)] = marks
 
 
 @contextmanager
@@ -323,6 +335,9 @@ def _structure(file: h5py.File) -> Iterator[str]:
         yield from _wrong_level(file[f"images/{size}"])
     yield from _wrong_geometry(file, levels)
     yield from _wrong_nodules(file, levels, num_views)
+    for size in levels:
+        if f"truncation/{size}" in file:
+            yield from _wrong_dataset(file, f"truncation/{size}", "uint8", ("V", size, size), {"V": num_views})
 
 
 def _wrong_attributes(node: h5py.HLObject, wanted: dict) -> Iterator[str]:
@@ -438,6 +453,7 @@ def _wrong_images(file: h5py.File) -> Iterator[str]:
     levels = [int(size) for size in file["views"].attrs["levels"]]
     for view in range(len(file["views/azimuth_deg"])):
         larger = None
+        yield from _wrong_marks(file, levels, view)
         for size in levels:
             image = file[f"images/{size}"][view]
             if _crc32(image) != file[f"checks/{size}/crc32"][view]:
@@ -445,6 +461,18 @@ def _wrong_images(file: h5py.File) -> Iterator[str]:
             elif larger is not None and not np.array_equal(image, halved(larger)):
                 yield f"images/{size}: view {view} is not the box average of the next larger level"
             larger = image
+
+
+def _wrong_marks(file: h5py.File, levels: list[int], view: int) -> Iterator[str]:
+    larger = None
+    for size in levels:
+        if f"truncation/{size}" in file:
+            marks = file[f"truncation/{size}"][view]
+            if marks.max() > 1:
+                yield f"truncation/{size}: view {view} has other values than 0 and 1"
+            elif larger is not None and not np.array_equal(marks, truncation.halved(larger)):
+                yield f"truncation/{size}: view {view} does not mark what the next larger level marks"
+            larger = marks
 
 
 def halved(images: Images) -> Images:

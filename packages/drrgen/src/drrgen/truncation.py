@@ -1,0 +1,51 @@
+"""Which rays leave the body where the CT ends: their line integrals lack what lies beyond the first or last slice."""
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from drrgen.geometry import Detector, Float, Views
+
+
+def truncated(body: NDArray[np.bool_], voxel_from_world: Float, views: Views, detector: Detector) -> NDArray[np.uint8]:
+    """1 where a pixel's central ray passes through body in an end slice, else 0: [view, row, column].
+
+    body: the mask, [slice, row, column], of a volume whose end slices, the axial ones, are those nearest to the
+    patient's head and feet, along whichever axis of the array they lie. Rays run on behind the detector, as those of
+    the projectors do.
+    """
+    # the voxel axis (column, row, slice) that changes most along z
+    axis = int(np.abs(np.linalg.inv(voxel_from_world)[2, :3]).argmax())
+    ends = np.ascontiguousarray(np.moveaxis(body, 2 - axis, 0)[[0, -1]])
+    places = np.array([0.0, body.shape[2 - axis] - 1.0])
+    out = np.zeros((len(views), detector.shape, detector.shape), np.uint8)
+    _mark(ends, places, axis, *views.rays(detector, voxel_from_world), out)
+    return out
+
+
+def halved(marks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The next lower level of [..., row, column]: 1 where one of the four is."""
+    rows, columns = marks.shape[-2:]
+    return marks.reshape(*marks.shape[:-2], rows // 2, 2, columns // 2, 2).max(axis=(-3, -1))
+
+
+@njit(cache=True, parallel=True)
+def _mark(ends, places, axis, source, first_pixel, column_step, row_step, out):  # type: ignore[no-untyped-def]
+    num_views, shape, _ = out.shape
+    # the two other axes, in the order in which they index `ends`
+    down = 1 if axis == 2 else 2
+    across = 0 if axis != 0 else 1
+    for index in prange(num_views * shape):
+        view, row = index // shape, index % shape
+        for column in range(shape):
+            for end in range(2):
+                along = first_pixel[view] + column * column_step[view] + row * row_step[view] - source[view]
+                if along[axis] == 0:
+                    continue
+                t = (places[end] - source[view, axis]) / along[axis]
+                if t <= 0:
+                    continue
+                i = int(np.rint(source[view, down] + t * along[down]))
+                j = int(np.rint(source[view, across] + t * along[across]))
+                if 0 <= i < ends.shape[1] and 0 <= j < ends.shape[2] and ends[end, i, j]:
+                    out[view, row, column] = 1
