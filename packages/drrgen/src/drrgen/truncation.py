@@ -18,8 +18,11 @@ def truncated(body: NDArray[np.bool_], voxel_from_world: Float, views: Views, de
     axis = int(np.abs(np.linalg.inv(voxel_from_world)[2, :3]).argmax())
     ends = np.ascontiguousarray(np.moveaxis(body, 2 - axis, 0)[[0, -1]])
     places = np.array([0.0, body.shape[2 - axis] - 1.0])
+    # the axis across the ends first, then the two others in the order in which they index `ends`
+    order = [axis, *(other for other in (2, 1, 0) if other != axis)]
+    rays = [np.ascontiguousarray(part[:, order]) for part in views.rays(detector, voxel_from_world)]
     out = np.zeros((len(views), detector.shape, detector.shape), np.uint8)
-    _mark(ends, places, axis, *views.rays(detector, voxel_from_world), out)
+    _mark(ends, places, *rays, out)
     return out
 
 
@@ -30,22 +33,18 @@ def halved(marks: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @njit(cache=True, parallel=True)
-def _mark(ends, places, axis, source, first_pixel, column_step, row_step, out):  # type: ignore[no-untyped-def]
+def _mark(ends, places, source, first_pixel, column_step, row_step, out):  # type: ignore[no-untyped-def]
     num_views, shape, _ = out.shape
-    # the two other axes, in the order in which they index `ends`
-    down = 1 if axis == 2 else 2
-    across = 0 if axis != 0 else 1
     for index in prange(num_views * shape):
         view, row = index // shape, index % shape
-        for column in range(shape):
-            for end in range(2):
-                along = first_pixel[view] + column * column_step[view] + row * row_step[view] - source[view]
-                if along[axis] == 0:
-                    continue
-                t = (places[end] - source[view, axis]) / along[axis]
-                if t <= 0:
-                    continue
-                i = int(np.rint(source[view, down] + t * along[down]))
-                j = int(np.rint(source[view, across] + t * along[across]))
-                if 0 <= i < ends.shape[1] and 0 <= j < ends.shape[2] and ends[end, i, j]:
-                    out[view, row, column] = 1
+        start = first_pixel[view] + row * row_step[view] - source[view]
+        for end in range(2):
+            ahead = places[end] - source[view, 0]
+            for column in range(shape):
+                across = start[0] + column * column_step[view, 0]
+                t = ahead / across if across != 0 else -1.0
+                if t > 0:
+                    i = int(np.rint(source[view, 1] + t * (start[1] + column * column_step[view, 1])))
+                    j = int(np.rint(source[view, 2] + t * (start[2] + column * column_step[view, 2])))
+                    if 0 <= i < ends.shape[1] and 0 <= j < ends.shape[2] and ends[end, i, j]:
+                        out[view, row, column] = 1
