@@ -1,0 +1,327 @@
+"""The compiled half of the `cpu` projector: lay a volume out in slices, sum its slices on a plane, resample the plane.
+
+A slice of the volume, seen from the source on a plane parallel to it, is the slice itself, scaled and shifted. Bilinear
+interpolation of it on the plane's grid is therefore separable, and along the rows it is piecewise linear with kinks at
+the voxel rows only. So nothing is sampled: at each kink the change of slope is added, and once per view two cumulative
+sums turn changes of slope into values. The cost depends on the voxels, hardly on the number of rows of the grid.
+
+Names: `main` is the axis across the slices, `row` and `column` are the two axes within one.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from drrgen.projectors import lanes
+
+# A slice is stored in strips of this many columns plus an overlap, so that the window of eight neighbouring columns of
+# the grid lies in one strip, and so that going down the rows is going on in memory.
+STRIP, OVERLAP = 128, 16
+# Zero columns on both sides of a slice, for windows that stand half outside.
+PAD = 16
+# What is zero is known for cells of this many columns of a slice.
+CELL = 16
+# Slices that are summed in one go into the sums of eight columns, while these are in the nearest cache.
+_GROUP = 16
+# Groups of eight columns to a task, and views that read the same slices in turn.
+TILE = 8
+TOGETHER = 4
+
+# One view's sums over the slices across one axis. Positions are in voxels.
+PASS = np.dtype(
+    [
+        ("view", np.int64),
+        # the source, and where along the main axis the plane is; which slices lie before the source
+        *[(name, np.float64) for name in ("source_main", "source_row", "source_column", "plane")],
+        *[(name, np.int64) for name in ("first_slice", "last_slice")],
+        # the grid on the plane: rows x columns points; columns in `phases` interleaved sets, each in groups of eight
+        *[(name, np.float64) for name in ("first_row", "row_step", "first_column", "column_step")],
+        *[(name, np.int64) for name in ("rows", "columns", "phases", "offset")],
+        # pixel (r, c) sees the point (to_row, to_column) / to_main of the grid, each a + b c + d r
+        *[(name, np.float64, 3) for name in ("to_main", "to_row", "to_column")],
+        # samples per pixel along the detector's columns and rows
+        *[(name, np.int64) for name in ("across", "down")],
+        # which axis is main, and the whole direction, for pixels that see the volume through two passes
+        ("axis", np.int64),
+        ("shared", np.bool_),
+        ("direction", np.float64, (3, 3)),
+    ]
+)
+
+_FAST = dict(cache=True, fastmath=True, error_model="numpy")
+_U8 = np.uint64(lanes.NUM)
+
+
+@njit(parallel=True, **_FAST)
+def lay_out(voxels, changes, first, last):  # type: ignore[no-untyped-def]
+    """Second differences of `voxels` along its rows, in strips, and which rows of each cell of columns are not zero.
+
+    voxels: int16 [main, row, column], in any memory order. changes: int16 [main, strip, row + 2, STRIP + OVERLAP], zero;
+    its row i + 1 is the change of slope at voxel row i. first, last: int16 [main, cell], such that rows outside
+    first..last are zero in the cell.
+    """
+    num_slices, num_rows, num_columns = voxels.shape
+    num_strips = changes.shape[1]
+    # a few slices to a task: where the main axis is contiguous in `voxels`, they share its cache lines
+    for task in prange((num_slices + 31) // 32):
+        stop = min(num_slices, 32 * task + 32)
+        for row in range(-1, num_rows + 1):
+            for column in range(num_columns):
+                strip, place = (column + PAD) // STRIP, (column + PAD) % STRIP
+                for main in range(32 * task, stop):
+                    change = 0
+                    if row > 0:
+                        change += np.int64(voxels[main, row - 1, column])
+                    if 0 <= row < num_rows:
+                        change -= 2 * np.int64(voxels[main, row, column])
+                    if row < num_rows - 1:
+                        change += np.int64(voxels[main, row + 1, column])
+                    if change != 0:
+                        changes[main, strip, row + 1, place] = change
+                        if place < OVERLAP and strip > 0:
+                            changes[main, strip - 1, row + 1, STRIP + place] = change
+                        cell = (column + PAD) // CELL
+                        if last[main, cell] < 0:
+                            first[main, cell] = row + 1
+                        last[main, cell] = row + 1
+
+
+@njit(parallel=True, **_FAST)
+def sum_slices(changes, first, last, passes, planes):  # type: ignore[no-untyped-def]
+    """The sums over all slices on the grid of each pass: planes[offset + row * columns + column], flat float32."""
+    most = 0
+    for index in range(len(passes)):
+        most = max(most, passes[index].columns)
+    num_tiles = (most // lanes.NUM + TILE - 1) // TILE
+    num_batches = (len(passes) + TOGETHER - 1) // TOGETHER
+    # every task has its own points of the planes: no sum depends on the number of threads
+    for task in prange(num_batches * num_tiles):
+        start = task // num_tiles * TOGETHER
+        _sum_tile(changes, first, last, passes[start : start + TOGETHER], planes, task % num_tiles * TILE)
+
+
+@njit(**_FAST)
+def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignore[no-untyped-def]
+    """The part of some passes' grids in the groups of columns first_group .. first_group + TILE."""
+    num_slices, num_strips, num_kinks, strip_columns = changes.shape
+    flat = changes.reshape(-1)
+    most_rows = 0
+    for index in range(len(passes)):
+        most_rows = max(most_rows, passes[index].rows)
+    # changes of slope: [pass, group, row, lane]
+    size = (most_rows + 1) * lanes.NUM
+    sums = np.zeros(len(passes) * TILE * size, np.float32)
+    where = np.empty((_GROUP, num_kinks), np.uint32)
+    weights = np.empty((_GROUP, num_kinks, 2), np.float32)
+    bounds = np.empty((_GROUP, 2), np.int64)
+    for group_start in range(0, num_slices, _GROUP):
+        for index in range(len(passes)):
+            one = passes[index]
+            num_groups = min(TILE, one.columns // lanes.NUM - first_group)
+            if num_groups <= 0:
+                continue
+            start, stop = max(group_start, one.first_slice), min(group_start + _GROUP, one.last_slice + 1)
+            for main in range(start, stop):
+                place = main - group_start
+                bounds[place] = _kinks(one, main, num_kinks, where[place], weights[place])
+            for group in range(num_groups):
+                phase, first_place = (first_group + group) % one.phases, (first_group + group) // one.phases * lanes.NUM
+                base = np.uint64((index * TILE + group) * size)
+                for main in range(start, stop):
+                    place = main - group_start
+                    scale = (main - one.source_main) / (one.plane - one.source_main)
+                    step = one.column_step * scale
+                    at = one.source_column + (one.first_column - one.source_column) * scale + step * phase + PAD
+                    step *= one.phases
+                    at += step * first_place
+                    end = at + step * (lanes.NUM - 1)
+                    # the cells that the window touches, and the rows in which they are not zero
+                    low_cell = max(0, int(math.floor(at)) // CELL)
+                    high_cell = min(first.shape[1] - 1, int(math.floor(end) + 1) // CELL)
+                    low, high = num_kinks, -1
+                    for cell in range(low_cell, high_cell + 1):
+                        if last[main, cell] >= 0:
+                            low, high = min(low, first[main, cell]), max(high, last[main, cell])
+                    high = min(high, bounds[place, 1])
+                    if low <= high:
+                        _add_rows(
+                            flat, main * num_strips, num_strips, num_kinks, at, step, low, high,
+                            where[place], weights[place], sums, base,
+                        )  # fmt: skip
+    for index in range(len(passes)):
+        one = passes[index]
+        for group in range(min(TILE, one.columns // lanes.NUM - first_group)):
+            phase, first_place = (first_group + group) % one.phases, (first_group + group) // one.phases * lanes.NUM
+            _integrate(
+                sums[(index * TILE + group) * size :], one.rows, one.columns, one.phases,
+                planes[one.offset + first_place * one.phases + phase :],
+            )  # fmt: skip
+
+
+@njit(**_FAST)
+def _kinks(one, main, num_kinks, where, weights):  # type: ignore[no-untyped-def]
+    """Where in the grid's rows a slice's voxel rows lie, and how the change of slope there is shared by two grid rows.
+
+    A change of slope at position p, q - 1 <= p < q, adds (q - p) to row q and 1 more to every row after it; as a second
+    difference that is (q - p) in row q and 1 - (q - p) in row q + 1. It holds for q = 0 and any p < 0 as well.
+    """
+    scale = (main - one.source_main) / (one.plane - one.source_main)
+    step = one.row_step * scale
+    at = one.source_row + (one.first_row - one.source_row) * scale + 1
+    last = min(num_kinks - 1, int(math.floor(at + step * (one.rows - 1))))
+    for kink in range(last + 1):
+        position = (kink - at) / step
+        row = min(max(0, int(math.floor(position)) + 1), one.rows - 1)
+        where[kink] = row * lanes.NUM
+        weights[kink, 0] = step * (row - position)
+        weights[kink, 1] = step * (1 - row + position)
+    return 0, last
+
+
+@njit(**_FAST)
+def _add_rows(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base):  # type: ignore[no-untyped-def]
+    """Add the changes of slope low..high of a slice, at eight columns of the grid, to the sums that begin at `base`.
+
+    The columns lie at at, at + step, ... in the slice's stored columns. Eight of them are a blend of as many contiguous
+    loads as they span voxels.
+    """
+    drift = (lanes.NUM - 1) * (step - 1)
+    window = int(math.floor(at + min(0.0, drift)))
+    taps = int(at + max(0.0, drift) - window) + 2
+    strip = window // STRIP
+    if taps > 5 or window < 0 or strip >= num_strips:
+        _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base)
+        return
+    # unsigned: numba makes no provision for indices that count from the end
+    row_step = np.uint64(STRIP + OVERLAP)
+    load_at = np.uint64(((first_strip + strip) * num_kinks + low) * (STRIP + OVERLAP) + window % STRIP)
+    x = lanes.multiply_add(lanes.splat(np.float32(step - 1)), lanes.ramp(), lanes.splat(np.float32(at - window)))
+    tap0 = lanes.hat(x, lanes.splat(np.float32(0)))
+    tap1 = lanes.hat(x, lanes.splat(np.float32(1)))
+    tap2 = lanes.hat(x, lanes.splat(np.float32(2)))
+    tap3 = lanes.hat(x, lanes.splat(np.float32(3)))
+    tap4 = lanes.hat(x, lanes.splat(np.float32(4)))
+    for kink in range(np.uint64(low), np.uint64(high + 1)):
+        value = lanes.multiply(tap0, lanes.load(flat, load_at))
+        value = lanes.multiply_add(tap1, lanes.load(flat, load_at + np.uint64(1)), value)
+        value = lanes.multiply_add(tap2, lanes.load(flat, load_at + np.uint64(2)), value)
+        if taps > 3:
+            value = lanes.multiply_add(tap3, lanes.load(flat, load_at + np.uint64(3)), value)
+            value = lanes.multiply_add(tap4, lanes.load(flat, load_at + np.uint64(4)), value)
+        here = base + np.uint64(where[kink])
+        after = here + _U8
+        lanes.store(
+            sums, here, lanes.multiply_add(lanes.splat(weights[kink, np.uint64(0)]), value, lanes.load(sums, here))
+        )
+        lanes.store(
+            sums, after, lanes.multiply_add(lanes.splat(weights[kink, np.uint64(1)]), value, lanes.load(sums, after))
+        )
+        load_at += row_step
+
+
+@njit(**_FAST)
+def _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base):  # type: ignore[no-untyped-def]
+    """The same for columns that lie apart, one at a time: for slices much nearer to the source than the plane is."""
+    for lane in range(lanes.NUM):
+        column = int(math.floor(at + step * lane))
+        far = np.float32(at + step * lane - column)
+        strip = column // STRIP
+        if column < 0 or strip >= num_strips:
+            continue
+        load_at = ((first_strip + strip) * num_kinks + low) * (STRIP + OVERLAP) + column % STRIP
+        for kink in range(low, high + 1):
+            value = flat[load_at] + far * (np.float32(flat[load_at + 1]) - np.float32(flat[load_at]))
+            here = base + np.uint64(where[kink]) + np.uint64(lane)
+            sums[here] += weights[kink, 0] * value
+            sums[here + _U8] += weights[kink, 1] * value
+            load_at += STRIP + OVERLAP
+
+
+@njit(**_FAST)
+def _integrate(changes, rows, columns, phases, plane):  # type: ignore[no-untyped-def]
+    """Changes of slope [row, lane] to values at plane[row * columns + lane * phases], by two cumulative sums in float64."""
+    slope, value = np.zeros(lanes.NUM), np.zeros(lanes.NUM)
+    for row in range(rows):
+        for lane in range(lanes.NUM):
+            slope[lane] += changes[row * lanes.NUM + lane]
+            value[lane] += slope[lane]
+        for lane in range(lanes.NUM):
+            plane[row * columns + lane * phases] = value[lane]
+
+
+@njit(parallel=True, **_FAST)
+def resample(passes, starts, planes, sdd_mm, pixel_mm, step, out):  # type: ignore[no-untyped-def]
+    """The planes at the detector's pixels, times the way through one slice: out [view, row, column], float32.
+
+    passes: those of view v are starts[v] .. starts[v + 1]. step: attenuation of one unit of the planes.
+    """
+    num_views, shape, _ = out.shape
+    for task in prange(num_views * shape):
+        view, row = task // shape, task % shape
+        line = out[view, row]
+        line[:] = 0
+        for index in range(starts[view], starts[view + 1]):
+            one = passes[index]
+            for i in range(one.down):
+                r = row + (i + 0.5) / one.down - 0.5
+                down = (r - (shape - 1) / 2) * pixel_mm
+                for j in range(one.across):
+                    shift = (j + 0.5) / one.across - 0.5
+                    weight = step / (one.down * one.across)
+                    if one.shared:
+                        _resample_own(one, planes, r, shift, sdd_mm**2 + down**2, pixel_mm, weight, line)
+                    else:
+                        _resample_line(one, planes, r, shift, sdd_mm**2 + down**2, pixel_mm, weight, line)
+
+
+@njit(**_FAST)
+def _resample_line(one, planes, r, shift, near_squared, pixel_mm, weight, line):  # type: ignore[no-untyped-def]
+    """Add the samples of one line of the detector, all of which belong to this pass."""
+    for column in range(len(line)):
+        line[column] += _sample(one, planes, r, column + shift, near_squared, pixel_mm, weight, len(line))
+
+
+@njit(**_FAST)
+def _resample_own(one, planes, r, shift, near_squared, pixel_mm, weight, line):  # type: ignore[no-untyped-def]
+    """The same, where another pass has the rays that cross more slices of another axis."""
+    for column in range(len(line)):
+        c = column + shift
+        if _main_axis(one.direction, c, r) == one.axis:
+            line[column] += _sample(one, planes, r, c, near_squared, pixel_mm, weight, len(line))
+
+
+@njit(**_FAST)
+def _main_axis(direction, c, r):  # type: ignore[no-untyped-def]
+    """The face of a cube around the source through which a ray leaves: axis 0, 1, 2 forwards, 3, 4, 5 backwards.
+
+    Equal components: y before x before z, whatever their sign.
+    """
+    x = direction[0, 0] + direction[0, 1] * c + direction[0, 2] * r
+    y = direction[1, 0] + direction[1, 1] * c + direction[1, 2] * r
+    z = direction[2, 0] + direction[2, 1] * c + direction[2, 2] * r
+    if abs(y) >= abs(x) and abs(y) >= abs(z):
+        return 1 if y > 0 else 4
+    if abs(x) >= abs(z):
+        return 0 if x > 0 else 3
+    return 2 if z > 0 else 5
+
+
+@njit(**_FAST)
+def _sample(one, planes, r, c, near_squared, pixel_mm, weight, shape):  # type: ignore[no-untyped-def]
+    """The plane at one point of the detector, bilinear, 0 outside the grid, times `weight` and mm per slice."""
+    across = (c - (shape - 1) / 2) * pixel_mm
+    per_main = 1 / (one.to_main[0] + one.to_main[1] * c + one.to_main[2] * r)
+    at_row = (one.to_row[0] + one.to_row[1] * c + one.to_row[2] * r) * per_main
+    at_column = (one.to_column[0] + one.to_column[1] * c + one.to_column[2] * r) * per_main
+    inside = 0 <= at_row < one.rows - 1 and 0 <= at_column < one.columns - 1
+    if not inside:
+        return np.float32(0)
+    i, j = int(at_row), int(at_column)
+    below, right = np.float32(at_row - i), np.float32(at_column - j)
+    base = np.uint64(one.offset + i * one.columns + j)
+    under = base + np.uint64(one.columns)
+    upper = planes[base] + right * (planes[base + np.uint64(1)] - planes[base])
+    lower = planes[under] + right * (planes[under + np.uint64(1)] - planes[under])
+    mm = math.sqrt(near_squared + across**2) * abs(per_main)
+    return np.float32(weight * mm) * (upper + below * (lower - upper))
