@@ -19,7 +19,9 @@ _BATCH_BYTES = 64 << 20
 _AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
 # The plane's grid is this much finer than the pixels on it. Bilinear interpolation then blurs as a pixel's area does:
 # a triangle of half-width w has the second moment w^2 / 6, a pixel's width 1 / 12, equal for w = 1 / sqrt(2).
-_FINER = math.sqrt(2)
+_FINER = 1.25
+# Samples of the plane within a pixel lie at most so many of the grid's steps apart.
+_APART = 3.0
 
 
 def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> Callable[[Views, Detector], NDArray[np.float32]]:
@@ -28,10 +30,10 @@ def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> Callable[[Views
 
 class _Slabs:
     def __init__(self, mu: NDArray[np.float32], voxel_from_world: Float) -> None:
-        low, high = min(0.0, float(mu.min())), max(0.0, float(mu.max()))
-        if not math.isfinite(high - low):
+        low, high = float(mu.min()), float(mu.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError("attenuation is not finite everywhere: replace NaN and infinity in the volume")
-        self._step = (high - low) / _LEVELS or 1.0
+        self._step = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
         self._voxels = np.rint(mu / np.float32(self._step)).astype(np.int16)
         self._voxel_from_world = voxel_from_world
         self._laid_out: dict[int, tuple[NDArray[np.int16], ...]] = {}
@@ -103,6 +105,11 @@ def _passes(view: int, source: Float, first_pixel: Float, column_step: Float, ro
         if one is not None:
             one["view"], one["shared"] = view, len(faces) > 1
             found.append(one)
+    # passes that share a view share its samples: each belongs to one of them
+    for name in ("across", "down"):
+        most = max((int(one[name]) for one in found), default=1)
+        for one in found:
+            one[name] = most
     return found
 
 
@@ -160,8 +167,8 @@ def _plan(face: int, region: Float, source: Float, direction: Float, counts):
     one["phases"] = max(1, math.floor(1.2 / step))
     group = one["phases"] * slab.lanes.NUM
     one["columns"] = -(-(math.ceil((high - low) / step) + 4) // group) * group
-    moves = np.hypot(row_moves, column_moves).max(axis=1) / _FINER
-    one["across"], one["down"] = np.maximum(1, np.rint(moves))
+    moves = np.hypot(row_moves, column_moves)
+    one["across"], one["down"] = np.maximum(1, np.ceil(moves.max(axis=1) / _APART))
     one["source_main"], one["source_row"], one["source_column"] = source[list(axes)]
     one["plane"], one["first_slice"], one["last_slice"] = plane, first, last
     one["to_main"] = direction[main]

@@ -17,15 +17,15 @@ from drrgen.projectors import lanes
 
 # A slice is stored in strips of this many columns plus an overlap, so that the window of eight neighbouring columns of
 # the grid lies in one strip, and so that going down the rows is going on in memory.
-STRIP, OVERLAP = 128, 16
+STRIP, OVERLAP = 32, 16
 # Zero columns on both sides of a slice, for windows that stand half outside.
 PAD = 16
 # What is zero is known for cells of this many columns of a slice.
 CELL = 16
 # Slices that are summed in one go into the sums of eight columns, while these are in the nearest cache.
-_GROUP = 16
+_GROUP = 8
 # Groups of eight columns to a task, and views that read the same slices in turn.
-TILE = 8
+TILE = 16
 TOGETHER = 4
 
 # One view's sums over the slices across one axis. Positions are in voxels.
@@ -112,9 +112,9 @@ def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignor
     # changes of slope: [pass, group, row, lane]
     size = (most_rows + 1) * lanes.NUM
     sums = np.zeros(len(passes) * TILE * size, np.float32)
-    where = np.empty((_GROUP, num_kinks), np.uint32)
-    weights = np.empty((_GROUP, num_kinks, 2), np.float32)
-    bounds = np.empty((_GROUP, 2), np.int64)
+    where = np.empty((_GROUP, num_kinks), np.int32)
+    weights = np.empty((_GROUP, 2, num_kinks), np.float32)
+    last_kink = np.empty(_GROUP, np.int64)
     for group_start in range(0, num_slices, _GROUP):
         for index in range(len(passes)):
             one = passes[index]
@@ -124,9 +124,10 @@ def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignor
             start, stop = max(group_start, one.first_slice), min(group_start + _GROUP, one.last_slice + 1)
             for main in range(start, stop):
                 place = main - group_start
-                bounds[place] = _kinks(one, main, num_kinks, where[place], weights[place])
+                last_kink[place] = _kinks(one, main, num_kinks, where[place], weights[place])
             for group in range(num_groups):
-                phase, first_place = (first_group + group) % one.phases, (first_group + group) // one.phases * lanes.NUM
+                phase = (first_group + group) % one.phases
+                first_place = (first_group + group) // one.phases * lanes.NUM
                 base = np.uint64((index * TILE + group) * size)
                 for main in range(start, stop):
                     place = main - group_start
@@ -143,7 +144,7 @@ def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignor
                     for cell in range(low_cell, high_cell + 1):
                         if last[main, cell] >= 0:
                             low, high = min(low, first[main, cell]), max(high, last[main, cell])
-                    high = min(high, bounds[place, 1])
+                    high = min(high, last_kink[place])
                     if low <= high:
                         _add_rows(
                             flat, main * num_strips, num_strips, num_kinks, at, step, low, high,
@@ -161,7 +162,8 @@ def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignor
 
 @njit(**_FAST)
 def _kinks(one, main, num_kinks, where, weights):  # type: ignore[no-untyped-def]
-    """Where in the grid's rows a slice's voxel rows lie, and how the change of slope there is shared by two grid rows.
+    """Where in the grid's rows a slice's voxel rows lie, how the change of slope there is shared by two grid rows, and
+    the last one above the grid's end.
 
     A change of slope at position p, q - 1 <= p < q, adds (q - p) to row q and 1 more to every row after it; as a second
     difference that is (q - p) in row q and 1 - (q - p) in row q + 1. It holds for q = 0 and any p < 0 as well.
@@ -170,13 +172,15 @@ def _kinks(one, main, num_kinks, where, weights):  # type: ignore[no-untyped-def
     step = one.row_step * scale
     at = one.source_row + (one.first_row - one.source_row) * scale + 1
     last = min(num_kinks - 1, int(math.floor(at + step * (one.rows - 1))))
+    per_kink, first = 1 / step, -at / step
+    final = np.int32(one.rows - 1)
     for kink in range(last + 1):
-        position = (kink - at) / step
-        row = min(max(0, int(math.floor(position)) + 1), one.rows - 1)
-        where[kink] = row * lanes.NUM
-        weights[kink, 0] = step * (row - position)
-        weights[kink, 1] = step * (1 - row + position)
-    return 0, last
+        position = first + kink * per_kink
+        row = min(max(np.int32(0), np.int32(math.floor(position)) + np.int32(1)), final)
+        where[kink] = row * np.int32(lanes.NUM)
+        weights[0, kink] = step * (row - position)
+        weights[1, kink] = step * (1 - row + position)
+    return last
 
 
 @njit(**_FAST)
@@ -193,31 +197,42 @@ def _add_rows(flat, first_strip, num_strips, num_kinks, at, step, low, high, whe
     if taps > 5 or window < 0 or strip >= num_strips:
         _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base)
         return
-    # unsigned: numba makes no provision for indices that count from the end
-    row_step = np.uint64(STRIP + OVERLAP)
-    load_at = np.uint64(((first_strip + strip) * num_kinks + low) * (STRIP + OVERLAP) + window % STRIP)
-    x = lanes.multiply_add(lanes.splat(np.float32(step - 1)), lanes.ramp(), lanes.splat(np.float32(at - window)))
+    load_at = ((first_strip + strip) * num_kinks + low) * (STRIP + OVERLAP) + window % STRIP
+    drift, start = np.float32(step - 1), np.float32(at - window)
+    if taps <= 3:
+        _blend_rows(3, flat, load_at, drift, start, where[low : high + 1], weights[:, low : high + 1], sums, base)
+    elif taps == 4:
+        _blend_rows(4, flat, load_at, drift, start, where[low : high + 1], weights[:, low : high + 1], sums, base)
+    else:
+        _blend_rows(5, flat, load_at, drift, start, where[low : high + 1], weights[:, low : high + 1], sums, base)
+
+
+@njit(inline="always", **_FAST)
+def _blend_rows(taps, flat, load_at, drift, start, where, weights, sums, base):  # type: ignore[no-untyped-def]
+    """The inner loop; a copy of it is compiled for each number of taps."""
+    x = lanes.multiply_add(lanes.splat(drift), lanes.ramp(), lanes.splat(start))
     tap0 = lanes.hat(x, lanes.splat(np.float32(0)))
     tap1 = lanes.hat(x, lanes.splat(np.float32(1)))
     tap2 = lanes.hat(x, lanes.splat(np.float32(2)))
     tap3 = lanes.hat(x, lanes.splat(np.float32(3)))
     tap4 = lanes.hat(x, lanes.splat(np.float32(4)))
-    for kink in range(np.uint64(low), np.uint64(high + 1)):
-        value = lanes.multiply(tap0, lanes.load(flat, load_at))
-        value = lanes.multiply_add(tap1, lanes.load(flat, load_at + np.uint64(1)), value)
-        value = lanes.multiply_add(tap2, lanes.load(flat, load_at + np.uint64(2)), value)
+    # unsigned, because numba makes provision for signed indices that count from the end
+    voxel = np.uint64(load_at)
+    for kink in range(np.uint64(len(where))):
+        value = lanes.multiply(tap0, lanes.load(flat, voxel))
+        value = lanes.multiply_add(tap1, lanes.load(flat, voxel + np.uint64(1)), value)
+        value = lanes.multiply_add(tap2, lanes.load(flat, voxel + np.uint64(2)), value)
         if taps > 3:
-            value = lanes.multiply_add(tap3, lanes.load(flat, load_at + np.uint64(3)), value)
-            value = lanes.multiply_add(tap4, lanes.load(flat, load_at + np.uint64(4)), value)
+            value = lanes.multiply_add(tap3, lanes.load(flat, voxel + np.uint64(3)), value)
+        if taps > 4:
+            value = lanes.multiply_add(tap4, lanes.load(flat, voxel + np.uint64(4)), value)
         here = base + np.uint64(where[kink])
-        after = here + _U8
-        lanes.store(
-            sums, here, lanes.multiply_add(lanes.splat(weights[kink, np.uint64(0)]), value, lanes.load(sums, here))
-        )
-        lanes.store(
-            sums, after, lanes.multiply_add(lanes.splat(weights[kink, np.uint64(1)]), value, lanes.load(sums, after))
-        )
-        load_at += row_step
+        share = lanes.splat(weights[np.uint64(0), kink])
+        lanes.store(sums, here, lanes.multiply_add(share, value, lanes.load(sums, here)))
+        here += _U8
+        share = lanes.splat(weights[np.uint64(1), kink])
+        lanes.store(sums, here, lanes.multiply_add(share, value, lanes.load(sums, here)))
+        voxel += np.uint64(STRIP + OVERLAP)
 
 
 @njit(**_FAST)
@@ -233,8 +248,8 @@ def _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, hig
         for kink in range(low, high + 1):
             value = flat[load_at] + far * (np.float32(flat[load_at + 1]) - np.float32(flat[load_at]))
             here = base + np.uint64(where[kink]) + np.uint64(lane)
-            sums[here] += weights[kink, 0] * value
-            sums[here + _U8] += weights[kink, 1] * value
+            sums[here] += weights[0, kink] * value
+            sums[here + _U8] += weights[1, kink] * value
             load_at += STRIP + OVERLAP
 
 
@@ -261,67 +276,80 @@ def resample(passes, starts, planes, sdd_mm, pixel_mm, step, out):  # type: igno
         view, row = task // shape, task % shape
         line = out[view, row]
         line[:] = 0
-        for index in range(starts[view], starts[view + 1]):
-            one = passes[index]
+        index, weight = np.empty((2, shape), np.int32), np.empty((3, shape), np.float32)
+        for pass_index in range(starts[view], starts[view + 1]):
+            one = passes[pass_index]
+            plane = planes[one.offset :]
             for i in range(one.down):
                 r = row + (i + 0.5) / one.down - 0.5
-                down = (r - (shape - 1) / 2) * pixel_mm
                 for j in range(one.across):
                     shift = (j + 0.5) / one.across - 0.5
-                    weight = step / (one.down * one.across)
+                    scale = step / (one.down * one.across)
+                    _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight)
                     if one.shared:
-                        _resample_own(one, planes, r, shift, sdd_mm**2 + down**2, pixel_mm, weight, line)
-                    else:
-                        _resample_line(one, planes, r, shift, sdd_mm**2 + down**2, pixel_mm, weight, line)
+                        _disown(one, r, shift, weight)
+                    _interpolate(one, plane, index, weight, line)
 
 
 @njit(**_FAST)
-def _resample_line(one, planes, r, shift, near_squared, pixel_mm, weight, line):  # type: ignore[no-untyped-def]
-    """Add the samples of one line of the detector, all of which belong to this pass."""
-    for column in range(len(line)):
-        line[column] += _sample(one, planes, r, column + shift, near_squared, pixel_mm, weight, len(line))
+def _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight):  # type: ignore[no-untyped-def]
+    """Where the samples of one line of the detector lie on the plane, and what they weigh.
 
-
-@njit(**_FAST)
-def _resample_own(one, planes, r, shift, near_squared, pixel_mm, weight, line):  # type: ignore[no-untyped-def]
-    """The same, where another pass has the rays that cross more slices of another axis."""
-    for column in range(len(line)):
-        c = column + shift
-        if _main_axis(one.direction, c, r) == one.axis:
-            line[column] += _sample(one, planes, r, c, near_squared, pixel_mm, weight, len(line))
-
-
-@njit(**_FAST)
-def _main_axis(direction, c, r):  # type: ignore[no-untyped-def]
-    """The face of a cube around the source through which a ray leaves: axis 0, 1, 2 forwards, 3, 4, 5 backwards.
-
-    Equal components: y before x before z, whatever their sign.
+    index: (row, column) of the grid's point before each sample. weight: how far the sample is beyond it, (row, column),
+    and `scale` times the mm that the ray goes from slice to slice, 0 for samples outside the grid.
     """
-    x = direction[0, 0] + direction[0, 1] * c + direction[0, 2] * r
-    y = direction[1, 0] + direction[1, 1] * c + direction[1, 2] * r
-    z = direction[2, 0] + direction[2, 1] * c + direction[2, 2] * r
-    if abs(y) >= abs(x) and abs(y) >= abs(z):
-        return 1 if y > 0 else 4
-    if abs(x) >= abs(z):
-        return 0 if x > 0 else 3
-    return 2 if z > 0 else 5
+    shape = index.shape[1]
+    near_squared = sdd_mm**2 + ((r - (shape - 1) / 2) * pixel_mm) ** 2
+    main, row, column = (
+        one.to_main[0] + one.to_main[2] * r,
+        one.to_row[0] + one.to_row[2] * r,
+        one.to_column[0] + one.to_column[2] * r,
+    )
+    main_step, row_step, column_step = one.to_main[1], one.to_row[1], one.to_column[1]
+    last_row, last_column = np.float64(one.rows - 2), np.float64(one.columns - 2)
+    for pixel in range(shape):
+        c = pixel + shift
+        per_main = 1 / (main + main_step * c)
+        at_row, at_column = (row + row_step * c) * per_main, (column + column_step * c) * per_main
+        near_row, near_column = min(max(at_row, 0.0), last_row), min(max(at_column, 0.0), last_column)
+        i, j = np.int32(near_row), np.int32(near_column)
+        index[0, pixel], index[1, pixel] = i, j
+        weight[0, pixel], weight[1, pixel] = near_row - i, near_column - j
+        across = (c - (shape - 1) / 2) * pixel_mm
+        inside = near_row == at_row and near_column == at_column
+        weight[2, pixel] = scale * math.sqrt(near_squared + across**2) * abs(per_main) if inside else 0.0
 
 
 @njit(**_FAST)
-def _sample(one, planes, r, c, near_squared, pixel_mm, weight, shape):  # type: ignore[no-untyped-def]
-    """The plane at one point of the detector, bilinear, 0 outside the grid, times `weight` and mm per slice."""
-    across = (c - (shape - 1) / 2) * pixel_mm
-    per_main = 1 / (one.to_main[0] + one.to_main[1] * c + one.to_main[2] * r)
-    at_row = (one.to_row[0] + one.to_row[1] * c + one.to_row[2] * r) * per_main
-    at_column = (one.to_column[0] + one.to_column[1] * c + one.to_column[2] * r) * per_main
-    inside = 0 <= at_row < one.rows - 1 and 0 <= at_column < one.columns - 1
-    if not inside:
-        return np.float32(0)
-    i, j = int(at_row), int(at_column)
-    below, right = np.float32(at_row - i), np.float32(at_column - j)
-    base = np.uint64(one.offset + i * one.columns + j)
-    under = base + np.uint64(one.columns)
-    upper = planes[base] + right * (planes[base + np.uint64(1)] - planes[base])
-    lower = planes[under] + right * (planes[under + np.uint64(1)] - planes[under])
-    mm = math.sqrt(near_squared + across**2) * abs(per_main)
-    return np.float32(weight * mm) * (upper + below * (lower - upper))
+def _interpolate(one, plane, index, weight, line):  # type: ignore[no-untyped-def]
+    """Add the plane at the samples of `_locate`, bilinear, to a line of pixels."""
+    width = np.int32(one.columns)
+    for pixel in range(len(line)):
+        # unsigned, because numba makes provision for signed indices that count from the end
+        upper = np.uint64(index[0, pixel] * width + index[1, pixel])
+        lower = upper + np.uint64(width)
+        down, right = weight[0, pixel], weight[1, pixel]
+        above = plane[upper] + right * (plane[upper + np.uint64(1)] - plane[upper])
+        below = plane[lower] + right * (plane[lower + np.uint64(1)] - plane[lower])
+        line[pixel] += weight[2, pixel] * (above + down * (below - above))
+
+
+@njit(**_FAST)
+def _disown(one, r, shift, weight):  # type: ignore[no-untyped-def]
+    """Weigh 0 what belongs to another pass: rays that cross more slices of another axis; y goes before x before z."""
+    axis = one.axis % 3
+    sign = 1.0 if one.axis < 3 else -1.0
+    second, third = (axis + 1) % 3, (axis + 2) % 3
+    # x: y before, z after; y: both after; z: both before
+    wins_second, wins_third = axis == 1, axis != 2
+    main, main_step = one.direction[axis, 0] + one.direction[axis, 2] * r, one.direction[axis, 1]
+    this, this_step = one.direction[second, 0] + one.direction[second, 2] * r, one.direction[second, 1]
+    that, that_step = one.direction[third, 0] + one.direction[third, 2] * r, one.direction[third, 1]
+    for pixel in range(weight.shape[1]):
+        c = pixel + shift
+        ahead = sign * (main + main_step * c)
+        over_this, over_that = ahead - abs(this + this_step * c), ahead - abs(that + that_step * c)
+        is_own = (over_this > 0 or (wins_second and over_this == 0)) and (
+            over_that > 0 or (wins_third and over_that == 0)
+        )
+        weight[2, pixel] = weight[2, pixel] if is_own else np.float32(0)
