@@ -84,7 +84,7 @@ def _error(image, truth) -> str:
 
 def _sphere(project, centre_mm) -> None:
     setup = PRESETS["chest"]
-    azimuth_deg, elevation_deg = grid.directions("5deg", (-180, 180), (-90, 90))
+    azimuth_deg, elevation_deg = grid.directions("5deg")
     views = Views(azimuth_deg, elevation_deg, centre_mm, setup.sdd_mm, setup.sod_mm)
     for threads in sorted({1, numba.config.NUMBA_NUM_THREADS}):
         numba.set_num_threads(threads)

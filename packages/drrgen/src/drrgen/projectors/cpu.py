@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,16 +13,16 @@ from drrgen.projectors import slab
 
 # The largest 16-bit step of attenuation above 0: second differences reach twice as far both ways, and must fit.
 _LEVELS = 16382
-# Bytes of the planes of one batch of views.
-_BATCH_BYTES = 64 << 20
+# Bytes of the planes of one batch of views, per thread: they stay in the cache from the sums to the resampling.
+_BATCH_BYTES = 8 << 20
 # (main, row, column) as axes of a voxel (column, row, slice): x, the axis along which a CT is finest, is the column
 # wherever it can be.
 _AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
 # The plane's grid is this much finer than the pixels on it. Bilinear interpolation then blurs as a pixel's area does:
 # a triangle of half-width w has the second moment w^2 / 6, a pixel's width 1 / 12, equal for w = 1 / sqrt(2).
-_FINER = 1.25
+_FINER = {"row": 1.6, "column": 1.2}
 # Samples of the plane within a pixel lie at most so many of the grid's steps apart.
-_APART = 3.0
+_APART = 6.0
 
 
 def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> Callable[[Views, Detector], NDArray[np.float32]]:
@@ -36,6 +37,7 @@ class _Slabs:
         self._step = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
         self._voxels = np.rint(mu / np.float32(self._step)).astype(np.int16)
         self._voxel_from_world = voxel_from_world
+        self._planes = np.empty(1, np.float32)
         self._laid_out: dict[int, tuple[NDArray[np.int16], ...]] = {}
 
     def project(self, views: Views, detector: Detector) -> NDArray[np.float32]:
@@ -46,10 +48,11 @@ class _Slabs:
         passes: list[np.void] = []
         starts = [0]
         first_view = points = 0
+        batch_bytes = numba.get_num_threads() * _BATCH_BYTES
         for view in range(len(views)):
             found = _passes(view - first_view, *(part[view] for part in rays), counts, shape)
             more = sum(int(one["rows"] * one["columns"]) for one in found)
-            if passes and 4 * (points + more) > _BATCH_BYTES:
+            if passes and 4 * (points + more) > batch_bytes:
                 self._cast(passes, starts, views, detector, out[first_view:view])
                 passes, starts, first_view, points = [], [0], view, 0
                 for one in found:
@@ -64,12 +67,13 @@ class _Slabs:
         passes = np.array(found, slab.PASS)
         sizes = passes["rows"] * passes["columns"]
         passes["offset"] = np.cumsum(sizes) - sizes
-        planes = np.empty(int(sizes.sum()) + 1, np.float32)
+        if sizes.sum() > len(self._planes):
+            self._planes = np.empty(int(sizes.sum()), np.float32)
         for axis in range(3):
             mine = passes[passes["axis"] % 3 == axis]
             if len(mine):
-                slab.sum_slices(*self._across(axis), mine, planes)
-        slab.resample(passes, np.array(starts), planes, views.sdd_mm, detector.pixel_mm, self._step, out)
+                slab.sum_slices(*self._across(axis), mine, self._planes)
+        slab.resample(passes, np.array(starts), self._planes, views.sdd_mm, detector.pixel_mm, self._step, out)
 
     def _across(self, axis: int) -> tuple[NDArray[np.int16], ...]:
         if axis not in self._laid_out:
@@ -96,12 +100,14 @@ def _passes(view: int, source: Float, first_pixel: Float, column_step: Float, ro
         region = outline
         for other in {0, 1, 2} - {axis}:
             for side in (-1, 1):
-                region = _clipped(region, sign * direction[axis] + side * direction[other])
+                region = region if not len(region) else _clipped(region, sign * direction[axis] + side * direction[other])
         if len(region):
             faces.append((face, region))
+        if region is outline:
+            break
     found = []
     for face, region in faces:
-        one = _plan(face, region, source, direction, counts)
+        one = _plan(face, region, source, direction, counts, shape)
         if one is not None:
             one["view"], one["shared"] = view, len(faces) > 1
             found.append(one)
@@ -129,7 +135,7 @@ def _clipped(polygon: Float, plane: Float) -> Float:
     return np.array(kept).reshape(-1, 3)
 
 
-def _plan(face: int, region: Float, source: Float, direction: Float, counts):
+def _plan(face: int, region: Float, source: Float, direction: Float, counts, shape: int):
     axes = _AXES[face % 3]
     main, row, column = axes
     sign = 1 if face < 3 else -1
@@ -158,7 +164,7 @@ def _plan(face: int, region: Float, source: Float, direction: Float, counts):
             return None
         # how far the point moves from pixel to pixel, along the detector's columns and rows: [2, corners]
         moves = per_main * (direction[axis, 1:, None] - slope * direction[main, 1:, None])
-        step = min(1.0, max(1e-6, np.hypot(*moves).min() / _FINER))
+        step = min(1.0, max(1e-6, np.hypot(*moves).min() / _FINER[name]))
         grid[name] = low, high, step, moves / step
     low, high, step, row_moves = grid["row"]
     one["first_row"], one["row_step"], one["rows"] = low - step, step, math.ceil((high - low) / step) + 4
@@ -175,5 +181,7 @@ def _plan(face: int, region: Float, source: Float, direction: Float, counts):
     for name, axis in (("row", row), ("column", column)):
         shift = source[axis] - one[f"first_{name}"]
         one[f"to_{name}"] = (shift * direction[main] + reach * direction[axis]) / one[f"{name}_step"]
+    one["left"], one["top"] = np.maximum(0, np.floor(region[:, 1:].min(axis=0)))
+    one["right"], one["bottom"] = np.minimum(shape - 1, np.ceil(region[:, 1:].max(axis=0)))
     one["axis"], one["direction"] = face, direction
     return one

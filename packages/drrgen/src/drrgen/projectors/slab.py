@@ -42,7 +42,9 @@ PASS = np.dtype(
         *[(name, np.float64, 3) for name in ("to_main", "to_row", "to_column")],
         # samples per pixel along the detector's columns and rows
         *[(name, np.int64) for name in ("across", "down")],
-        # which axis is main, and the whole direction, for pixels that see the volume through two passes
+        # the pixels that see the volume through this pass lie in here, ends included
+        *[(name, np.int64) for name in ("top", "bottom", "left", "right")],
+        # which face of a cube around the source the rays leave by, and their direction, where a view has two passes
         ("axis", np.int64),
         ("shared", np.bool_),
         ("direction", np.float64, (3, 3)),
@@ -279,6 +281,8 @@ def resample(passes, starts, planes, sdd_mm, pixel_mm, step, out):  # type: igno
         index, weight = np.empty((2, shape), np.int32), np.empty((3, shape), np.float32)
         for pass_index in range(starts[view], starts[view + 1]):
             one = passes[pass_index]
+            if not one.top <= row <= one.bottom:
+                continue
             plane = planes[one.offset :]
             for i in range(one.down):
                 r = row + (i + 0.5) / one.down - 0.5
@@ -293,7 +297,7 @@ def resample(passes, starts, planes, sdd_mm, pixel_mm, step, out):  # type: igno
 
 @njit(**_FAST)
 def _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight):  # type: ignore[no-untyped-def]
-    """Where the samples of one line of the detector lie on the plane, and what they weigh.
+    """Where the samples of one line of the detector lie on the plane, and what they weigh; of the pass' pixels only.
 
     index: (row, column) of the grid's point before each sample. weight: how far the sample is beyond it, (row, column),
     and `scale` times the mm that the ray goes from slice to slice, 0 for samples outside the grid.
@@ -307,7 +311,7 @@ def _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight):  # type: ign
     )
     main_step, row_step, column_step = one.to_main[1], one.to_row[1], one.to_column[1]
     last_row, last_column = np.float64(one.rows - 2), np.float64(one.columns - 2)
-    for pixel in range(shape):
+    for pixel in range(one.left, one.right + 1):
         c = pixel + shift
         per_main = 1 / (main + main_step * c)
         at_row, at_column = (row + row_step * c) * per_main, (column + column_step * c) * per_main
@@ -324,7 +328,7 @@ def _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight):  # type: ign
 def _interpolate(one, plane, index, weight, line):  # type: ignore[no-untyped-def]
     """Add the plane at the samples of `_locate`, bilinear, to a line of pixels."""
     width = np.int32(one.columns)
-    for pixel in range(len(line)):
+    for pixel in range(np.uint64(one.left), np.uint64(one.right + 1)):
         # unsigned, because numba makes provision for signed indices that count from the end
         upper = np.uint64(index[0, pixel] * width + index[1, pixel])
         lower = upper + np.uint64(width)
@@ -345,7 +349,7 @@ def _disown(one, r, shift, weight):  # type: ignore[no-untyped-def]
     main, main_step = one.direction[axis, 0] + one.direction[axis, 2] * r, one.direction[axis, 1]
     this, this_step = one.direction[second, 0] + one.direction[second, 2] * r, one.direction[second, 1]
     that, that_step = one.direction[third, 0] + one.direction[third, 2] * r, one.direction[third, 1]
-    for pixel in range(weight.shape[1]):
+    for pixel in range(one.left, one.right + 1):
         c = pixel + shift
         ahead = sign * (main + main_step * c)
         over_this, over_that = ahead - abs(this + this_step * c), ahead - abs(that + that_step * c)
