@@ -1,7 +1,7 @@
 """The slab projector `cpu` beside Joseph ray by ray, in one run: ms per view, and the error to the pixel's area.
 
-`python tests/benchmarks/projectors.py [FOLDER OF A CT]` prints Markdown tables. Without a CT the volume is a phantom with
-the shape of a chest CT. The truth is the mean of 4 x 4 rays of float64 Joseph over each pixel. With `--sphere` it casts
+`python tests/benchmarks/projectors.py [FOLDER OF A CT]` prints Markdown tables. Without a CT the volume is a phantom
+with the shape of a chest CT. The truth is the mean of 4 x 4 rays of float64 Joseph over each pixel. With `--sphere` it casts
 the 2522 views of `5deg` at 512 pixels, with one thread and with all.
 """
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from tests.drrgen import joseph
 
 from drrgen import anatomy, body, dicom, grid, phantom, projectors
 from drrgen.attenuation import mu_per_mm
 from drrgen.geometry import PRESETS, Detector, Views
-from tests.drrgen import joseph
 
 SHAPE, SPACING_MM = (133, 512, 512), (0.703, 0.703, 2.5)
 SIZES = (256, 512, 1024)
@@ -56,8 +56,8 @@ def main() -> None:
             single, image = _best(lambda one=one, detector=detector: project(one, detector), REPEATS)
             many = _best(lambda near=near, detector=detector: project(near, detector), REPEATS)[0] / NEIGHBOURS
             print(
-                f"| {size} | ({azimuth}, {elevation}) | {by_ray:.0f} | {single:.1f} | {by_ray / single:.0f} | {many:.1f} "
-                f"| {by_ray / many:.0f} | {_error(image, truth)} | {_error(rays, truth)} |",
+                f"| {size} | ({azimuth}, {elevation}) | {by_ray:.0f} | {single:.1f} | {by_ray / single:.0f} "
+                f"| {many:.1f} | {by_ray / many:.0f} | {_error(image, truth)} | {_error(rays, truth)} |",
                 flush=True,
             )
 
@@ -92,7 +92,10 @@ def _sphere(project, centre_mm) -> None:
         for start in range(0, len(views), 64):
             project(views[start : start + 64], Detector(512, setup.detector_mm / 512))
         wall, busy = time.perf_counter() - began, time.process_time() - busy
-        print(f"{len(views)} views of 512 pixels, {threads} threads: {wall:.1f} s, processor time {busy:.1f} s", flush=True)
+        print(
+            f"{len(views)} views of 512 pixels, {threads} threads: {wall:.1f} s, processor {busy:.1f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

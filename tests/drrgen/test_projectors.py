@@ -6,13 +6,13 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from tests.drrgen import joseph
 
 from drrgen import anatomy, body, dicom, phantom, projectors
 from drrgen.attenuation import mu_per_mm
 from drrgen.errors import InputError
 from drrgen.geometry import PRESETS, Detector, Views, project
 from drrgen.projectors import slab
-from tests.drrgen import joseph
 
 NAMES = [pytest.param(name, id=name) for name in projectors.NAMES]
 DETECTOR = Detector(shape=64, pixel_mm=432 / 64)
@@ -34,7 +34,7 @@ def pixel_centres(looks: Views, detector: Detector) -> np.ndarray:
 
 
 def pixels(name: str, line_integrals: Callable[[Detector], np.ndarray], detector: Detector) -> np.ndarray:
-    """What a projector calls a pixel: `cpu` the mean over the pixel's area (here of 4 x 4 rays), `siddon` its centre."""
+    """What a projector calls a pixel: `cpu` the mean over its area (here of 4 x 4 rays), `siddon` its centre."""
     if name == "siddon":
         return line_integrals(detector)
     finer = line_integrals(Detector(4 * detector.shape, detector.pixel_mm / 4))

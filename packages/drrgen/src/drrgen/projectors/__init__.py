@@ -7,8 +7,8 @@ orders of its voxels, a copy on a GPU) is made once.
     line_integrals = project(views, detector)
 
 mu: [slice, row, column], attenuation in 1/mm, 0 outside. voxel_from_world: [4, 4], LPS mm to voxel (column, row,
-slice). views: V cone-beam views. Result: float32 [view, row, column], dimensionless; rays begin at the source and run on
-behind the detector, through the whole volume.
+slice). views: V cone-beam views. Result: float32 [view, row, column], dimensionless; rays begin at the source and run
+on behind the detector, through the whole volume.
 """
 
 import importlib

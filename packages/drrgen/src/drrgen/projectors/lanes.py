@@ -51,10 +51,10 @@ def load(typing_context, array, index):  # type: ignore[no-untyped-def]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if signature.args[0].dtype == types.int16:
-            value = builder.load(_address(context, builder, signature.args[0], *args, _SHORT))
+            value = builder.load(_address(context, builder, signature.args[0], args[0], args[1], _SHORT))
             value.align = 2
             return builder.sitofp(builder.sext(value, _INT), _FLOAT)
-        value = builder.load(_address(context, builder, signature.args[0], *args, _FLOAT))
+        value = builder.load(_address(context, builder, signature.args[0], args[0], args[1], _FLOAT))
         value.align = 4
         return value
 
@@ -66,7 +66,7 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
     """array[index : index + 8] = value, for a flat float32 array; index: uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        written = builder.store(args[2], _address(context, builder, signature.args[0], *args[:2], _FLOAT))
+        written = builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1], _FLOAT))
         written.align = 4
         return context.get_dummy_value()
 

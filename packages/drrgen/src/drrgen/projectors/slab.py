@@ -24,14 +24,14 @@ PAD = 16
 CELL = 16
 # Slices that are summed in one go into the sums of eight columns, while these are in the nearest cache.
 _GROUP = 8
-# Groups of eight columns to a task, and views that read the same slices in turn.
-TILE = 16
+# Views that read the same slices in turn.
 TOGETHER = 4
+# Groups of eight columns to a task: few, so that every thread finds one; many, because each task begins with a table.
+_TILES = 8, 64
 
 # One view's sums over the slices across one axis. Positions are in voxels.
 PASS = np.dtype(
     [
-        ("view", np.int64),
         # the source, and where along the main axis the plane is; which slices lie before the source
         *[(name, np.float64) for name in ("source_main", "source_row", "source_column", "plane")],
         *[(name, np.int64) for name in ("first_slice", "last_slice")],
@@ -45,7 +45,7 @@ PASS = np.dtype(
         # the pixels that see the volume through this pass lie in here, ends included
         *[(name, np.int64) for name in ("top", "bottom", "left", "right")],
         # which face of a cube around the source the rays leave by, and their direction, where a view has two passes
-        ("axis", np.int64),
+        ("face", np.int64),
         ("shared", np.bool_),
         ("direction", np.float64, (3, 3)),
     ]
@@ -59,12 +59,11 @@ _U8 = np.uint64(lanes.NUM)
 def lay_out(voxels, changes, first, last):  # type: ignore[no-untyped-def]
     """Second differences of `voxels` along its rows, in strips, and which rows of each cell of columns are not zero.
 
-    voxels: int16 [main, row, column], in any memory order. changes: int16 [main, strip, row + 2, STRIP + OVERLAP], zero;
+    voxels: int16 [main, row, column], in any memory order. changes: int16 [main, strip, row + 2, STRIP + OVERLAP], 0;
     its row i + 1 is the change of slope at voxel row i. first, last: int16 [main, cell], such that rows outside
     first..last are zero in the cell.
     """
     num_slices, num_rows, num_columns = voxels.shape
-    num_strips = changes.shape[1]
     # a few slices to a task: where the main axis is contiguous in `voxels`, they share its cache lines
     for task in prange((num_slices + 31) // 32):
         stop = min(num_slices, 32 * task + 32)
@@ -72,7 +71,7 @@ def lay_out(voxels, changes, first, last):  # type: ignore[no-untyped-def]
             for column in range(num_columns):
                 strip, place = (column + PAD) // STRIP, (column + PAD) % STRIP
                 for main in range(32 * task, stop):
-                    change = 0
+                    change = np.int64(0)
                     if row > 0:
                         change += np.int64(voxels[main, row - 1, column])
                     if 0 <= row < num_rows:
@@ -90,37 +89,39 @@ def lay_out(voxels, changes, first, last):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, **_FAST)
-def sum_slices(changes, first, last, passes, planes):  # type: ignore[no-untyped-def]
+def sum_slices(changes, first, last, passes, planes, num_threads):  # type: ignore[no-untyped-def]
     """The sums over all slices on the grid of each pass: planes[offset + row * columns + column], flat float32."""
     most = 0
     for index in range(len(passes)):
         most = max(most, passes[index].columns)
-    num_tiles = (most // lanes.NUM + TILE - 1) // TILE
     num_batches = (len(passes) + TOGETHER - 1) // TOGETHER
+    most_groups = most // lanes.NUM
+    tile = min(max(_TILES[0], most_groups * num_batches // (2 * num_threads)), _TILES[1])
+    num_tiles = (most_groups + tile - 1) // tile
     # every task has its own points of the planes: no sum depends on the number of threads
     for task in prange(num_batches * num_tiles):
         start = task // num_tiles * TOGETHER
-        _sum_tile(changes, first, last, passes[start : start + TOGETHER], planes, task % num_tiles * TILE)
+        _sum_tile(changes, first, last, passes[start : start + TOGETHER], planes, task % num_tiles * tile, tile)
 
 
 @njit(**_FAST)
-def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignore[no-untyped-def]
-    """The part of some passes' grids in the groups of columns first_group .. first_group + TILE."""
-    num_slices, num_strips, num_kinks, strip_columns = changes.shape
+def _sum_tile(changes, first, last, passes, planes, first_group, tile):  # type: ignore[no-untyped-def]
+    """The part of some passes' grids in the groups of columns first_group .. first_group + tile."""
+    num_slices, num_strips, num_kinks, _ = changes.shape
     flat = changes.reshape(-1)
     most_rows = 0
     for index in range(len(passes)):
         most_rows = max(most_rows, passes[index].rows)
     # changes of slope: [pass, group, row, lane]
     size = (most_rows + 1) * lanes.NUM
-    sums = np.zeros(len(passes) * TILE * size, np.float32)
+    sums = np.zeros(len(passes) * tile * size, np.float32)
     where = np.empty((_GROUP, num_kinks), np.int32)
     weights = np.empty((_GROUP, 2, num_kinks), np.float32)
     last_kink = np.empty(_GROUP, np.int64)
     for group_start in range(0, num_slices, _GROUP):
         for index in range(len(passes)):
             one = passes[index]
-            num_groups = min(TILE, one.columns // lanes.NUM - first_group)
+            num_groups = min(tile, one.columns // lanes.NUM - first_group)
             if num_groups <= 0:
                 continue
             start, stop = max(group_start, one.first_slice), min(group_start + _GROUP, one.last_slice + 1)
@@ -130,7 +131,7 @@ def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignor
             for group in range(num_groups):
                 phase = (first_group + group) % one.phases
                 first_place = (first_group + group) // one.phases * lanes.NUM
-                base = np.uint64((index * TILE + group) * size)
+                base = np.uint64((index * tile + group) * size)
                 for main in range(start, stop):
                     place = main - group_start
                     scale = (main - one.source_main) / (one.plane - one.source_main)
@@ -140,8 +141,8 @@ def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignor
                     at += step * first_place
                     end = at + step * (lanes.NUM - 1)
                     # the cells that the window touches, and the rows in which they are not zero
-                    low_cell = max(0, int(math.floor(at)) // CELL)
-                    high_cell = min(first.shape[1] - 1, int(math.floor(end) + 1) // CELL)
+                    low_cell = max(0, math.floor(at) // CELL)
+                    high_cell = min(first.shape[1] - 1, (math.floor(end) + 1) // CELL)
                     low, high = num_kinks, -1
                     for cell in range(low_cell, high_cell + 1):
                         if last[main, cell] >= 0:
@@ -154,10 +155,10 @@ def _sum_tile(changes, first, last, passes, planes, first_group):  # type: ignor
                         )  # fmt: skip
     for index in range(len(passes)):
         one = passes[index]
-        for group in range(min(TILE, one.columns // lanes.NUM - first_group)):
+        for group in range(min(tile, one.columns // lanes.NUM - first_group)):
             phase, first_place = (first_group + group) % one.phases, (first_group + group) // one.phases * lanes.NUM
             _integrate(
-                sums[(index * TILE + group) * size :], one.rows, one.columns, one.phases,
+                sums[(index * tile + group) * size :], one.rows, one.columns, one.phases,
                 planes[one.offset + first_place * one.phases + phase :],
             )  # fmt: skip
 
@@ -173,7 +174,7 @@ def _kinks(one, main, num_kinks, where, weights):  # type: ignore[no-untyped-def
     scale = (main - one.source_main) / (one.plane - one.source_main)
     step = one.row_step * scale
     at = one.source_row + (one.first_row - one.source_row) * scale + 1
-    last = min(num_kinks - 1, int(math.floor(at + step * (one.rows - 1))))
+    last = min(num_kinks - 1, math.floor(at + step * (one.rows - 1)))
     per_kink, first = 1 / step, -at / step
     final = np.int32(one.rows - 1)
     for kink in range(last + 1):
@@ -193,7 +194,7 @@ def _add_rows(flat, first_strip, num_strips, num_kinks, at, step, low, high, whe
     loads as they span voxels.
     """
     drift = (lanes.NUM - 1) * (step - 1)
-    window = int(math.floor(at + min(0.0, drift)))
+    window = math.floor(at + min(0.0, drift))
     taps = int(at + max(0.0, drift) - window) + 2
     strip = window // STRIP
     if taps > 5 or window < 0 or strip >= num_strips:
@@ -241,7 +242,7 @@ def _blend_rows(taps, flat, load_at, drift, start, where, weights, sums, base): 
 def _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base):  # type: ignore[no-untyped-def]
     """The same for columns that lie apart, one at a time: for slices much nearer to the source than the plane is."""
     for lane in range(lanes.NUM):
-        column = int(math.floor(at + step * lane))
+        column = math.floor(at + step * lane)
         far = np.float32(at + step * lane - column)
         strip = column // STRIP
         if column < 0 or strip >= num_strips:
@@ -257,7 +258,7 @@ def _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, hig
 
 @njit(**_FAST)
 def _integrate(changes, rows, columns, phases, plane):  # type: ignore[no-untyped-def]
-    """Changes of slope [row, lane] to values at plane[row * columns + lane * phases], by two cumulative sums in float64."""
+    """Changes of slope [row, lane] to values at plane[row * columns + lane * phases]: two sums, in float64."""
     slope, value = np.zeros(lanes.NUM), np.zeros(lanes.NUM)
     for row in range(rows):
         for lane in range(lanes.NUM):
@@ -341,8 +342,8 @@ def _interpolate(one, plane, index, weight, line):  # type: ignore[no-untyped-de
 @njit(**_FAST)
 def _disown(one, r, shift, weight):  # type: ignore[no-untyped-def]
     """Weigh 0 what belongs to another pass: rays that cross more slices of another axis; y goes before x before z."""
-    axis = one.axis % 3
-    sign = 1.0 if one.axis < 3 else -1.0
+    axis = one.face % 3
+    sign = 1.0 if one.face < 3 else -1.0
     second, third = (axis + 1) % 3, (axis + 2) % 3
     # x: y before, z after; y: both after; z: both before
     wins_second, wins_third = axis == 1, axis != 2
