@@ -1,8 +1,8 @@
 """The slab projector `cpu` beside Joseph ray by ray, in one run: ms per view, and the error to the pixel's area.
 
 `python tests/benchmarks/projectors.py [FOLDER OF A CT]` prints Markdown tables. Without a CT the volume is a phantom
-with the shape of a chest CT. The truth is the mean of 4 x 4 rays of float64 Joseph over each pixel. With `--sphere` it casts
-the 2522 views of `5deg` at 512 pixels, with one thread and with all.
+with the shape of a chest CT. The truth is the mean of 4 x 4 rays of float64 Joseph over each pixel. With `--sphere` it
+casts the 2522 views of `5deg` at 512 pixels, with one thread and with all.
 """
 
 import argparse
