@@ -28,7 +28,7 @@ def draw(ct: Path, path: Path) -> None:
 
     figure, (before, after, axial) = plt.subplots(1, 3, figsize=(13, 4.7), layout="constrained")
     for axes, hu, name in ((before, volume.hu, "as scanned"), (after, body.remove_table(volume), "the body alone")):
-        image = projectors.get("cpu")(mu_per_mm(hu), volume.voxel_from_world, lateral, detector)[0]
+        image = projectors.get("cpu")(mu_per_mm(hu), volume.voxel_from_world)(lateral, detector)[0]
         axes.imshow(np.sqrt(image), cmap="gray", vmin=0, vmax=np.sqrt(WHITE))
         axes.set_title(f"Left lateral, {name}", fontsize=10)
     middle = len(volume.hu) // 2

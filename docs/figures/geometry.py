@@ -83,7 +83,7 @@ def markers(path: Path) -> None:
         np.array(azimuth_deg, float), np.array(elevation_deg, float), volume.centre_mm, setup.sdd_mm, setup.sod_mm
     )
     detector = Detector(256, 256 / 256)
-    images = projectors.get("cpu")(mu_per_mm(volume.hu), volume.voxel_from_world, views, detector)
+    images = projectors.get("cpu")(mu_per_mm(volume.hu), volume.voxel_from_world)(views, detector)
     figure, all_axes = plt.subplots(1, len(looks), figsize=(14, 2.7))
     for axes, image, matrix, name, theta, phi in zip(
         all_axes, images, views.projection(detector), names, azimuth_deg, elevation_deg, strict=True

@@ -49,7 +49,7 @@ def main(ct_dir: Path, out: Path) -> None:
     views = Views(azimuth_deg, np.zeros(len(LOOKS)), volume.centre_mm, setup.sdd_mm, setup.sod_mm)
     detector = Detector(SIZE, setup.detector_mm / SIZE)
     mu = mu_per_mm(body.remove_table(volume))
-    images = projectors.get("cpu")(mu, volume.voxel_from_world, views, detector)
+    images = projectors.get("cpu")(mu, volume.voxel_from_world)(views, detector)
     boxes = nodules.boxes(found, views.projection(detector))[:, 0]
     figure, all_axes = plt.subplots(1, 2 * len(LOOKS), figsize=(13, 4.4), width_ratios=[1, 0.6] * len(LOOKS))
     for number, (image, box, (azimuth, name)) in enumerate(zip(images, boxes, LOOKS, strict=True)):

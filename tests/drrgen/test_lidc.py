@@ -350,11 +350,12 @@ def test_the_boxes_of_lidc_0001_contain_the_nodule_and_little_else(lidc_0001, re
     setup, detector = PRESETS["chest"], Detector(512, 432 / 512)
     views = Views(np.array([0.0, 90]), np.zeros(2), volume.centre_mm, setup.sdd_mm, setup.sod_mm)
     found = nodules.boxes(lidc.nodules(series.origin.series_uid, series.slices), views.projection(detector))
-    project = projectors.get("cpu")
-    images = [project(mu_per_mm(one.hu), one.voxel_from_world, views, detector) for one in (volume, without)]
+    cast = projectors.get("cpu")
+    images = [cast(mu_per_mm(one.hu), one.voxel_from_world)(views, detector) for one in (volume, without)]
     for lost, box in zip(np.abs(images[0] - images[1]), found[:, 0], strict=True):
         first_column, first_row, last_column, last_row = np.rint(box).astype(int)
         assert lost[first_row : last_row + 1, first_column : last_column + 1].sum() > 0.99 * lost.sum()
         rows, columns = np.nonzero(lost > 1e-4 * lost.max())
         touched = [columns.min(), rows.min(), columns.max(), rows.max()]
-        assert box == pytest.approx(touched, abs=2)  # a voxel is 1.0 or, from slice to slice, 3.3 pixels
+        # a voxel is 1.0 or, from slice to slice, 3.3 pixels; a pixel is an area, which reaches half a pixel beyond its centre
+            assert box == pytest.approx(touched, abs=2.5)

@@ -275,10 +275,10 @@ def test_quantisation_is_to_nearest_and_stops_at_the_end_of_the_scale() -> None:
 
 @pytest.mark.parametrize("levels", [[65], [66, 33], [64, 32, 16]])
 def test_render_makes_the_levels_that_are_asked_for(levels: list[int]) -> None:
-    def ones(mu, voxel_from_world, views: Views, detector: Detector):
+    def ones(views: Views, detector: Detector):
         return np.ones((len(views), detector.shape, detector.shape), np.float32)
 
-    (pyramid,) = render(np.zeros((2, 2, 2), np.float32), np.eye(4), VIEWS, Detector(levels[0], 1.0), levels, ones)
+    (pyramid,) = render(ones, VIEWS, Detector(levels[0], 1.0), levels)
     assert {size: images.shape for size, images in pyramid.items()} == {size: (3, size, size) for size in levels}
     assert all((images == 4096).all() for images in pyramid.values())
 
@@ -286,11 +286,11 @@ def test_render_makes_the_levels_that_are_asked_for(levels: list[int]) -> None:
 def test_render_hands_out_every_view_once_in_order() -> None:
     """A projector that returns its view's azimuth: batches cover the views, levels are averages of one another."""
 
-    def azimuth(mu, voxel_from_world, views: Views, detector: Detector):
+    def azimuth(views: Views, detector: Detector):
         return np.broadcast_to(views.azimuth_deg[:, None, None], (len(views), 1024, 1024)).astype(np.float32) / 4096
 
     views = Views(np.arange(40.0), np.zeros(40), np.zeros(3), 1800.0, 1640.0)
-    batches = list(render(np.zeros((2, 2, 2), np.float32), np.eye(4), views, Detector(1024, 0.4), [1024, 512], azimuth))
+    batches = list(render(azimuth, views, Detector(1024, 0.4), [1024, 512]))
     assert len(batches) > 1
     for size in (1024, 512):
         assert np.concatenate([images[size][:, 0, 0] for images in batches]).tolist() == list(range(40))

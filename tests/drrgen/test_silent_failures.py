@@ -27,7 +27,7 @@ ANGLES_DEG = np.array([[0.0, 0], [90, 0], [30, 30], [-45, -60]])
 def line_integrals(volume: Volume, isocentre_mm=THORAX.isocentre_mm) -> np.ndarray:
     setup = PRESETS["chest"]
     views = Views(*ANGLES_DEG.T, np.asarray(isocentre_mm), setup.sdd_mm, setup.sod_mm)
-    return projectors.get("cpu")(mu_per_mm(volume.hu), volume.voxel_from_world, views, DETECTOR)
+    return projectors.get("cpu")(mu_per_mm(volume.hu), volume.voxel_from_world)(views, DETECTOR)
 
 
 def rms(difference: np.ndarray, reference: np.ndarray) -> float:

@@ -56,7 +56,7 @@ def test_the_missing_tissue_is_on_the_marked_rays() -> None:
     scanned = phantom.voxelise(thorax, (40, 50, 50), (8.0, 8.0, 5.0))
     whole = phantom.voxelise(thorax, (72, 50, 50), (8.0, 8.0, 5.0))
     cast = [
-        projectors.get("siddon")(mu_per_mm(one.hu), one.voxel_from_world, looks, DETECTOR) for one in (scanned, whole)
+        projectors.get("siddon")(mu_per_mm(one.hu), one.voxel_from_world)(looks, DETECTOR) for one in (scanned, whole)
     ]
     missing = cast[1] - cast[0]
     marks = truncation.truncated(scanned.hu > -900, scanned.voxel_from_world, looks, DETECTOR).astype(bool)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrgen.geometry import Detector, Views
-from drrgen.projectors import Projector
+from drrgen.projectors import Project
 from drrgen.shards import SCALE, Images, halved
 
 # Pixels of float32 held at once; 64 MiB.
@@ -15,20 +15,18 @@ _BATCH_PIXELS = 1 << 24
 
 
 def render(
-    mu: NDArray[np.float32],
-    voxel_from_world: NDArray[np.float64],
+    project: Project,
     views: Views,
     detector: Detector,
     levels: list[int],
-    projector: Projector,
 ) -> Iterator[dict[int, Images]]:
     """Batches {size: uint16 images [views, size, size]}, in the order of the views.
 
-    mu: [slice, row, column] in 1/mm. levels: sizes from the detector's shape down, each half of the one before.
+    project: a projector's, of the volume. levels: sizes from the detector's shape down, each half of the one before.
     """
     batch = max(1, _BATCH_PIXELS // detector.shape**2)
     for start in range(0, len(views), batch):
-        line_integrals = projector(mu, voxel_from_world, views[start : start + batch], detector)
+        line_integrals = project(views[start : start + batch], detector)
         pyramid = {levels[0]: quantised(line_integrals)}
         for larger, smaller in pairwise(levels):
             pyramid[smaller] = halved(pyramid[larger])

@@ -114,14 +114,8 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
         volume = volume.with_hu(np.where(mask, volume.hu, np.int16(HU_CLAMP[0])))
     azimuth_deg, elevation_deg = grid.directions(config.grid, config.azimuth, config.elevation)
     views = Views(azimuth_deg, elevation_deg, volume.centre_mm, config.setup.sdd_mm, config.setup.sod_mm)
-    batches = render(
-        attenuation.mu_per_mm(volume.hu),
-        volume.voxel_from_world,
-        views,
-        config.detectors[0],
-        [detector.shape for detector in config.detectors],
-        projectors.get(config.projector),
-    )
+    project = projectors.get(config.projector)(attenuation.mu_per_mm(volume.hu), volume.voxel_from_world)
+    batches = render(project, views, config.detectors[0], [detector.shape for detector in config.detectors])
     with shards.create(
         path,
         volume,

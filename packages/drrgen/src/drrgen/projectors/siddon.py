@@ -5,19 +5,21 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from drrgen.geometry import Detector, Views
+from drrgen.projectors import Project
 
 
-def project(
-    mu: NDArray[np.float32], voxel_from_world: NDArray[np.float64], views: Views, detector: Detector
-) -> NDArray[np.float32]:
+def prepare(mu: NDArray[np.float32], voxel_from_world: NDArray[np.float64]) -> Project:
     """Siddon 1985, doi 10.1118/1.595715: the ray is cut at every voxel boundary, each piece weighted with its voxel.
 
-    Signature, shapes and units: `drrgen.projectors`.
+    The ray is the one through the pixel's centre. Signature, shapes and units: `drrgen.projectors`.
     """
-    shape = detector.shape
-    line_integrals = np.empty((len(views), shape, shape), np.float32)
-    _cast(mu, *views.rays(detector, voxel_from_world), views.sdd_mm, detector.pixel_mm, line_integrals)
-    return line_integrals
+
+    def project(views: Views, detector: Detector) -> NDArray[np.float32]:
+        line_integrals = np.empty((len(views), detector.shape, detector.shape), np.float32)
+        _cast(mu, *views.rays(detector, voxel_from_world), views.sdd_mm, detector.pixel_mm, line_integrals)
+        return line_integrals
+
+    return project
 
 
 @njit(cache=True, parallel=True)
