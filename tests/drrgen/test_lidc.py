@@ -357,5 +357,5 @@ def test_the_boxes_of_lidc_0001_contain_the_nodule_and_little_else(lidc_0001, re
         assert lost[first_row : last_row + 1, first_column : last_column + 1].sum() > 0.99 * lost.sum()
         rows, columns = np.nonzero(lost > 1e-4 * lost.max())
         touched = [columns.min(), rows.min(), columns.max(), rows.max()]
-        # a voxel is 1.0 or, from slice to slice, 3.3 pixels; a pixel is an area, which reaches half a pixel beyond its centre
-            assert box == pytest.approx(touched, abs=2.5)
+        # a voxel is 1.0 or, from slice to slice, 3.3 pixels; an area reaches half a pixel beyond its centre
+        assert box == pytest.approx(touched, abs=2.5)
