@@ -9,7 +9,7 @@ SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
 .PHONY: demo test lint figures help
 
-demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 4 minutes)
+demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
 	@cat demo/report.md
 	@echo "Picture: $(CURDIR)/demo/demo.png"
 

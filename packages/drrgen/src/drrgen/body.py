@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from drrgen.defects import Defect, SeriesRejected
-from drrgen.volume import Volume
+from drrgen.volume import HU_CLAMP, Volume
 
 Mask = NDArray[np.bool_]
 
@@ -34,7 +34,12 @@ IN_SLICE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, Fals
 
 def remove_table(volume: Volume) -> NDArray[np.int16]:
     """The HU of a volume, [slice, row, column], with everything outside the body set to air, -1000 HU."""
-    return np.where(body_mask(volume), volume.hu, np.int16(-1000))
+    return masked(volume, body_mask(volume))
+
+
+def masked(volume: Volume, mask: Mask) -> NDArray[np.int16]:
+    """The HU of a volume where the mask is, and air elsewhere."""
+    return np.where(mask, volume.hu, np.int16(HU_CLAMP[0]))
 
 
 def body_mask(volume: Volume) -> Mask:

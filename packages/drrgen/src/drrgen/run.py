@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from drrgen import anatomy, attenuation, body, catalog, dicom, grid, lidc, phantom, projectors, shards
@@ -14,7 +13,7 @@ from drrgen.errors import InputError
 from drrgen.geometry import Views
 from drrgen.render import render
 from drrgen.truncation import truncated
-from drrgen.volume import HU_CLAMP, Volume
+from drrgen.volume import Volume
 from drrgen.worker import Worker
 
 _PHANTOM_MANUFACTURER = "drrgen phantom"
@@ -111,7 +110,7 @@ def _difference(shard: shards.Shard, entry: catalog.Entry) -> str:
 def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: RenderConfig, bar: tqdm) -> None:
     mask = body.body_mask(volume) if not config.keep_table else None
     if mask is not None:
-        volume = volume.with_hu(np.where(mask, volume.hu, np.int16(HU_CLAMP[0])))
+        volume = volume.with_hu(body.masked(volume, mask))
     azimuth_deg, elevation_deg = grid.directions(config.grid, config.azimuth, config.elevation)
     views = Views(azimuth_deg, elevation_deg, volume.centre_mm, config.setup.sdd_mm, config.setup.sod_mm)
     project = projectors.get(config.projector)(attenuation.mu_per_mm(volume.hu), volume.voxel_from_world)
