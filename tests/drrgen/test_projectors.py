@@ -323,21 +323,23 @@ def test_nothing_is_cast_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("step", [1.0, 0.9, 1.1, 0.7, 1.35, 0.55])
-def test_eight_columns_at_once_are_eight_columns_one_by_one(step: float) -> None:
+def test_columns_together_are_columns_one_by_one(step: float) -> None:
     """The explicit vectors of `drrgen.projectors.lanes` beside plain loops."""
     rng = np.random.default_rng(5)
     num_strips, num_kinks = 3, 20
     flat = rng.integers(-3000, 3000, num_strips * num_kinks * (slab.STRIP + slab.OVERLAP)).astype(np.int16)
     strips = flat.reshape(num_strips, num_kinks, -1)
     strips[:-1, :, slab.STRIP :] = strips[1:, :, : slab.OVERLAP]
-    where = (8 * np.arange(num_kinks)).astype(np.int32)
-    weights = rng.uniform(0, 1, (2, num_kinks)).astype(np.float32)
-    for at in (3.25, 20.0, 30.9, 50.5):
-        sums = np.zeros((2, 8 * (num_kinks + 2)), np.float32)
-        for add, out in zip((slab._add_rows, slab._add_rows_apart), sums, strict=True):
-            add(flat, 0, num_strips, num_kinks, at, step, 2, 17, where, weights, out, np.uint64(0))
-        assert sums[0].any()
-        assert np.allclose(*sums, atol=0.01)  # float32 of values up to 6000
+    where = (slab.WIDTH * np.arange(16)).astype(np.int32)
+    weights = rng.uniform(0, 1, (2, 16)).astype(np.float32)
+    layout = flat, 0, num_strips, num_kinks
+    for left, right in ((3.25, 11.5), (20.0, 28.0), (30.9, 31.3), (50.5, 57.75)):
+        together, apart = np.zeros((2, slab.WIDTH * 18), np.float32)
+        slab._add_rows(*layout, left, right, step, 2, where, weights, together, np.uint64(0))
+        slab._add_rows_apart(*layout, left, step, 2, where, weights, apart, np.uint64(0))
+        slab._add_rows_apart(*layout, right, step, 2, where, weights, apart, np.uint64(8))
+        assert together.any()
+        assert np.allclose(together, apart, atol=0.01)  # float32 of values up to 6000
 
 
 def test_unknown_projectors_are_refused_with_the_choices() -> None:

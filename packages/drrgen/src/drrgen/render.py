@@ -10,8 +10,8 @@ from drrgen.geometry import Detector, Views
 from drrgen.projectors import Project
 from drrgen.shards import SCALE, Images, halved
 
-# Pixels of float32 held at once; 64 MiB.
-_BATCH_PIXELS = 1 << 24
+# Pixels of float32 held at once; 16 MiB, which stay in the cache, and which the allocator keeps for the next batch.
+_BATCH_PIXELS = 1 << 22
 
 
 def render(

@@ -17,22 +17,24 @@ NUM = 8
 _FLOAT = ir.VectorType(ir.FloatType(), NUM)
 _INT = ir.VectorType(ir.IntType(32), NUM)
 _SHORT = ir.VectorType(ir.IntType(16), NUM)
+_DOUBLE = ir.VectorType(ir.DoubleType(), NUM)
 
 
 class _Lanes(types.Type):
-    """numba's type of eight float32."""
+    """numba's type of eight float32, or of eight float64."""
 
-    def __init__(self) -> None:
-        super().__init__(name="float32x8")
+    def __init__(self, name: str, vector: ir.VectorType) -> None:
+        super().__init__(name=name)
+        self.vector = vector
 
 
-_LANES = _Lanes()
+_LANES, _DOUBLES = _Lanes("float32x8", _FLOAT), _Lanes("float64x8", _DOUBLE)
 
 
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, _FLOAT)
+        super().__init__(manager, numba_type, numba_type.vector)
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.VectorType) -> Any:
@@ -89,6 +91,24 @@ def splat(typing_context, value):  # type: ignore[no-untyped-def]
 def ramp(typing_context):  # type: ignore[no-untyped-def]
     """0, 1, ... 7."""
     return _LANES(), lambda context, builder, signature, args: ir.Constant(_FLOAT, [float(i) for i in range(NUM)])
+
+
+@intrinsic
+def widen(typing_context, value):  # type: ignore[no-untyped-def]
+    """The same numbers as float64."""
+    return _DOUBLES(_LANES), lambda context, builder, signature, args: builder.fpext(args[0], _DOUBLE)
+
+
+@intrinsic
+def narrow(typing_context, value):  # type: ignore[no-untyped-def]
+    """float64 rounded to float32."""
+    return _LANES(_DOUBLES), lambda context, builder, signature, args: builder.fptrunc(args[0], _FLOAT)
+
+
+@intrinsic
+def add(typing_context, x, y):  # type: ignore[no-untyped-def]
+    """x + y, both float32 or both float64."""
+    return x(x, x), lambda context, builder, signature, args: builder.fadd(*args)
 
 
 def _operation(num_args: int, body: Callable[[Any, Any], Any]) -> Any:

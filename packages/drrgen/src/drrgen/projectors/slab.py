@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, prange
 
 from drrgen.projectors import lanes
+from drrgen.projectors.plan import WIDTH
 
 # A slice is stored in strips of this many columns plus an overlap, so that the window of eight neighbouring columns of
 # the grid lies in one strip, and so that going down the rows is going on in memory.
@@ -22,34 +23,14 @@ STRIP, OVERLAP = 32, 16
 PAD = 16
 # What is zero is known for cells of this many columns of a slice.
 CELL = 16
-# Slices that are summed in one go into the sums of eight columns, while these are in the nearest cache.
+# Slices that are summed in one go into the sums of these columns, while these are in the nearest cache.
 _GROUP = 8
 # Views that read the same slices in turn.
-TOGETHER = 4
-# Groups of eight columns to a task: few, so that every thread finds one; many, because each task begins with a table.
-_TILES = 8, 64
-
-# One view's sums over the slices across one axis. Positions are in voxels.
-PASS = np.dtype(
-    [
-        # the source, and where along the main axis the plane is; which slices lie before the source
-        *[(name, np.float64) for name in ("source_main", "source_row", "source_column", "plane")],
-        *[(name, np.int64) for name in ("first_slice", "last_slice")],
-        # the grid on the plane: rows x columns points; columns in `phases` interleaved sets, each in groups of eight
-        *[(name, np.float64) for name in ("first_row", "row_step", "first_column", "column_step")],
-        *[(name, np.int64) for name in ("rows", "columns", "phases", "offset")],
-        # pixel (r, c) sees the point (to_row, to_column) / to_main of the grid, each a + b c + d r
-        *[(name, np.float64, 3) for name in ("to_main", "to_row", "to_column")],
-        # samples per pixel along the detector's columns and rows
-        *[(name, np.int64) for name in ("across", "down")],
-        # the pixels that see the volume through this pass lie in here, ends included
-        *[(name, np.int64) for name in ("top", "bottom", "left", "right")],
-        # which face of a cube around the source the rays leave by, and their direction, where a view has two passes
-        ("face", np.int64),
-        ("shared", np.bool_),
-        ("direction", np.float64, (3, 3)),
-    ]
-)
+_TOGETHER = 12
+# Pairs of vectors to a task: few, so that every thread finds one; many, because each task begins with a table.
+_TILES = 4, 32
+# Numbers in the sums of one task: 24 MiB. Beyond it tasks are smaller.
+_ROOM = 6 << 20
 
 _FAST = dict(cache=True, fastmath=True, error_model="numpy")
 _U8 = np.uint64(lanes.NUM)
@@ -91,82 +72,95 @@ def lay_out(voxels, changes, first, last):  # type: ignore[no-untyped-def]
 @njit(parallel=True, **_FAST)
 def sum_slices(changes, first, last, passes, planes, num_threads):  # type: ignore[no-untyped-def]
     """The sums over all slices on the grid of each pass: planes[offset + row * columns + column], flat float32."""
-    most = 0
+    most_columns, most_rows = 0, 0
     for index in range(len(passes)):
-        most = max(most, passes[index].columns)
-    num_batches = (len(passes) + TOGETHER - 1) // TOGETHER
-    most_groups = most // lanes.NUM
-    tile = min(max(_TILES[0], most_groups * num_batches // (2 * num_threads)), _TILES[1])
-    num_tiles = (most_groups + tile - 1) // tile
-    # every task has its own points of the planes: no sum depends on the number of threads
-    for task in prange(num_batches * num_tiles):
-        start = task // num_tiles * TOGETHER
-        _sum_tile(changes, first, last, passes[start : start + TOGETHER], planes, task % num_tiles * tile, tile)
+        most_columns, most_rows = max(most_columns, passes[index].columns), max(most_rows, passes[index].rows)
+    num_batches = (len(passes) + _TOGETHER - 1) // _TOGETHER
+    together = (len(passes) + num_batches - 1) // num_batches
+    num_pairs = most_columns // WIDTH
+    tile = min(num_pairs * num_batches // (2 * num_threads), _ROOM // (together * (most_rows + 1) * WIDTH), _TILES[1])
+    tile = max(tile, _TILES[0])
+    num_tiles = (num_pairs + tile - 1) // tile
+    for thread in prange(num_threads):
+        sums = np.empty((together * tile * (most_rows + 1) + 1) * WIDTH, np.float32)
+        # a row of sums is one line of the cache, not parts of two
+        sums = sums[-sums.ctypes.data % (4 * WIDTH) // 4 :]
+        # each thread gets tasks from everywhere: the middle of a body is more work than its sides. Every task has its
+        # own points of the planes: no sum depends on the number of threads
+        for task in range(thread, num_batches * num_tiles, num_threads):
+            start = task // num_tiles * together
+            some = passes[start : start + together]
+            _sum_tile(changes, first, last, some, planes, task % num_tiles * tile, tile, sums)
 
 
 @njit(**_FAST)
-def _sum_tile(changes, first, last, passes, planes, first_group, tile):  # type: ignore[no-untyped-def]
-    """The part of some passes' grids in the groups of columns first_group .. first_group + tile."""
+def _sum_tile(changes, first, last, passes, planes, first_pair, tile, sums):  # type: ignore[no-untyped-def]
+    """The part of some passes' grids in the pairs of vectors first_pair .. first_pair + tile. sums: room to work."""
     num_slices, num_strips, num_kinks, _ = changes.shape
     flat = changes.reshape(-1)
     most_rows = 0
     for index in range(len(passes)):
         most_rows = max(most_rows, passes[index].rows)
-    # changes of slope: [pass, group, row, lane]
-    size = (most_rows + 1) * lanes.NUM
-    sums = np.zeros(len(passes) * tile * size, np.float32)
+    # changes of slope: [pass, pair, row, lane]
+    size = (most_rows + 1) * WIDTH
+    sums[: len(passes) * tile * size] = 0
     where = np.empty((_GROUP, num_kinks), np.int32)
     weights = np.empty((_GROUP, 2, num_kinks), np.float32)
-    last_kink = np.empty(_GROUP, np.int64)
+    first_kink, last_kink = np.empty(_GROUP, np.int64), np.empty(_GROUP, np.int64)
     for group_start in range(0, num_slices, _GROUP):
         for index in range(len(passes)):
             one = passes[index]
-            num_groups = min(tile, one.columns // lanes.NUM - first_group)
-            if num_groups <= 0:
+            num_pairs = min(tile, one.columns // WIDTH - first_pair)
+            if num_pairs <= 0:
                 continue
             start, stop = max(group_start, one.first_slice), min(group_start + _GROUP, one.last_slice + 1)
             for main in range(start, stop):
                 place = main - group_start
-                last_kink[place] = _kinks(one, main, num_kinks, where[place], weights[place])
-            for group in range(num_groups):
-                phase = (first_group + group) % one.phases
-                first_place = (first_group + group) // one.phases * lanes.NUM
-                base = np.uint64((index * tile + group) * size)
+                first_kink[place], last_kink[place] = _kinks(one, main, num_kinks, where[place], weights[place])
+            for pair in range(num_pairs):
+                group = 2 * (first_pair + pair)
+                left, right = _column(group, one.phases), _column(group + 1, one.phases)
+                base = np.uint64((index * tile + pair) * size)
                 for main in range(start, stop):
                     place = main - group_start
                     scale = (main - one.source_main) / (one.plane - one.source_main)
                     step = one.column_step * scale
-                    at = one.source_column + (one.first_column - one.source_column) * scale + step * phase + PAD
+                    at = one.source_column + (one.first_column - one.source_column) * scale + PAD
+                    at_left, at_right = at + step * left, at + step * right
                     step *= one.phases
-                    at += step * first_place
-                    end = at + step * (lanes.NUM - 1)
-                    # the cells that the window touches, and the rows in which they are not zero
-                    low_cell = max(0, math.floor(at) // CELL)
-                    high_cell = min(first.shape[1] - 1, (math.floor(end) + 1) // CELL)
+                    # the cells that the windows touch, and the rows in which they are not zero
+                    low_cell = max(0, math.floor(at_left) // CELL)
+                    high_cell = min(first.shape[1] - 1, (math.floor(at_right + step * (lanes.NUM - 1)) + 1) // CELL)
                     low, high = num_kinks, -1
                     for cell in range(low_cell, high_cell + 1):
                         if last[main, cell] >= 0:
                             low, high = min(low, first[main, cell]), max(high, last[main, cell])
-                    high = min(high, last_kink[place])
+                    low, high = max(low, first_kink[place]), min(high, last_kink[place])
                     if low <= high:
                         _add_rows(
-                            flat, main * num_strips, num_strips, num_kinks, at, step, low, high,
-                            where[place], weights[place], sums, base,
+                            flat, main * num_strips, num_strips, num_kinks, at_left, at_right, step, low,
+                            where[place, low : high + 1], weights[place, :, low : high + 1], sums, base,
                         )  # fmt: skip
     for index in range(len(passes)):
         one = passes[index]
-        for group in range(min(tile, one.columns // lanes.NUM - first_group)):
-            phase, first_place = (first_group + group) % one.phases, (first_group + group) // one.phases * lanes.NUM
+        for pair in range(min(tile, one.columns // WIDTH - first_pair)):
+            group = 2 * (first_pair + pair)
             _integrate(
-                sums[(index * tile + group) * size :], one.rows, one.columns, one.phases,
-                planes[one.offset + first_place * one.phases + phase :],
+                sums[(index * tile + pair) * size :], one.rows, one.columns, one.phases,
+                planes[one.offset :], _column(group, one.phases), _column(group + 1, one.phases),
             )  # fmt: skip
 
 
 @njit(**_FAST)
+def _column(group, phases):  # type: ignore[no-untyped-def]
+    """The first of the eight columns of a group; the others follow `phases` apart."""
+    return group // phases * lanes.NUM * phases + group % phases
+
+
+@njit(**_FAST)
 def _kinks(one, main, num_kinks, where, weights):  # type: ignore[no-untyped-def]
-    """Where in the grid's rows a slice's voxel rows lie, how the change of slope there is shared by two grid rows, and
-    the last one above the grid's end.
+    """Where in the grid's rows a slice's voxel rows lie, and how the change of slope there is shared by two grid rows;
+    the first and the last one that are not beyond the grid's last row.
 
     A change of slope at position p, q - 1 <= p < q, adds (q - p) to row q and 1 more to every row after it; as a second
     difference that is (q - p) in row q and 1 - (q - p) in row q + 1. It holds for q = 0 and any p < 0 as well.
@@ -174,73 +168,94 @@ def _kinks(one, main, num_kinks, where, weights):  # type: ignore[no-untyped-def
     scale = (main - one.source_main) / (one.plane - one.source_main)
     step = one.row_step * scale
     at = one.source_row + (one.first_row - one.source_row) * scale + 1
-    last = min(num_kinks - 1, math.floor(at + step * (one.rows - 1)))
-    per_kink, first = 1 / step, -at / step
+    end = at + step * (one.rows - 1)
+    first, last = 0, num_kinks - 1
+    if step > 0:
+        last = min(last, math.floor(end))
+    else:
+        first = max(first, math.ceil(end))
+    per_kink, start, size = 1 / step, -at / step, abs(step)
     final = np.int32(one.rows - 1)
-    for kink in range(last + 1):
-        position = first + kink * per_kink
+    for kink in range(first, last + 1):
+        position = start + kink * per_kink
         row = min(max(np.int32(0), np.int32(math.floor(position)) + np.int32(1)), final)
-        where[kink] = row * np.int32(lanes.NUM)
-        weights[0, kink] = step * (row - position)
-        weights[1, kink] = step * (1 - row + position)
-    return last
+        where[kink] = row * np.int32(WIDTH)
+        weights[0, kink] = size * (row - position)
+        weights[1, kink] = size * (1 - row + position)
+    return first, last
 
 
 @njit(**_FAST)
-def _add_rows(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base):  # type: ignore[no-untyped-def]
-    """Add the changes of slope low..high of a slice, at eight columns of the grid, to the sums that begin at `base`.
+def _add_rows(flat, first_strip, num_strips, num_kinks, left, right, step, low, where, weights, sums, base):  # type: ignore[no-untyped-def]
+    """Add the changes of slope of some rows of a slice, from row `low` on, at two times eight columns of the grid.
 
-    The columns lie at at, at + step, ... in the slice's stored columns. Eight of them are a blend of as many contiguous
-    loads as they span voxels.
+    The columns lie at left, left + step, ... and at right, right + step, ... in the slice's stored columns. Eight of
+    them are a blend of as many contiguous loads as they span voxels. The sums begin at `base`.
     """
     drift = (lanes.NUM - 1) * (step - 1)
-    window = math.floor(at + min(0.0, drift))
-    taps = int(at + max(0.0, drift) - window) + 2
-    strip = window // STRIP
-    if taps > 5 or window < 0 or strip >= num_strips:
-        _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base)
+    window, window2 = math.floor(left + min(0.0, drift)), math.floor(right + min(0.0, drift))
+    taps = 2 + max(int(left + max(0.0, drift) - window), int(right + max(0.0, drift) - window2))
+    strip, strip2 = window // STRIP, window2 // STRIP
+    if taps > 5 or min(window, window2) < 0 or max(strip, strip2) >= num_strips:
+        _add_rows_apart(flat, first_strip, num_strips, num_kinks, left, step, low, where, weights, sums, base)
+        _add_rows_apart(flat, first_strip, num_strips, num_kinks, right, step, low, where, weights, sums, base + _U8)
         return
-    load_at = ((first_strip + strip) * num_kinks + low) * (STRIP + OVERLAP) + window % STRIP
-    drift, start = np.float32(step - 1), np.float32(at - window)
-    if taps <= 3:
-        _blend_rows(3, flat, load_at, drift, start, where[low : high + 1], weights[:, low : high + 1], sums, base)
+    at = ((first_strip + strip) * num_kinks + low) * (STRIP + OVERLAP) + window % STRIP
+    at2 = ((first_strip + strip2) * num_kinks + low) * (STRIP + OVERLAP) + window2 % STRIP
+    drift, start, start2 = np.float32(step - 1), np.float32(left - window), np.float32(right - window2)
+    if taps <= 2:
+        _blend_rows(2, flat, at, at2, drift, start, start2, where, weights, sums, base)
+    elif taps == 3:
+        _blend_rows(3, flat, at, at2, drift, start, start2, where, weights, sums, base)
     elif taps == 4:
-        _blend_rows(4, flat, load_at, drift, start, where[low : high + 1], weights[:, low : high + 1], sums, base)
+        _blend_rows(4, flat, at, at2, drift, start, start2, where, weights, sums, base)
     else:
-        _blend_rows(5, flat, load_at, drift, start, where[low : high + 1], weights[:, low : high + 1], sums, base)
+        _blend_rows(5, flat, at, at2, drift, start, start2, where, weights, sums, base)
 
 
 @njit(inline="always", **_FAST)
-def _blend_rows(taps, flat, load_at, drift, start, where, weights, sums, base):  # type: ignore[no-untyped-def]
+def _blend_rows(taps, flat, at, at2, drift, start, start2, where, weights, sums, base):  # type: ignore[no-untyped-def]
     """The inner loop; a copy of it is compiled for each number of taps."""
     x = lanes.multiply_add(lanes.splat(drift), lanes.ramp(), lanes.splat(start))
-    tap0 = lanes.hat(x, lanes.splat(np.float32(0)))
-    tap1 = lanes.hat(x, lanes.splat(np.float32(1)))
-    tap2 = lanes.hat(x, lanes.splat(np.float32(2)))
-    tap3 = lanes.hat(x, lanes.splat(np.float32(3)))
-    tap4 = lanes.hat(x, lanes.splat(np.float32(4)))
+    y = lanes.multiply_add(lanes.splat(drift), lanes.ramp(), lanes.splat(start2))
+    x0, y0 = lanes.hat(x, lanes.splat(np.float32(0))), lanes.hat(y, lanes.splat(np.float32(0)))
+    x1, y1 = lanes.hat(x, lanes.splat(np.float32(1))), lanes.hat(y, lanes.splat(np.float32(1)))
+    x2, y2 = lanes.hat(x, lanes.splat(np.float32(2))), lanes.hat(y, lanes.splat(np.float32(2)))
+    x3, y3 = lanes.hat(x, lanes.splat(np.float32(3))), lanes.hat(y, lanes.splat(np.float32(3)))
+    x4, y4 = lanes.hat(x, lanes.splat(np.float32(4))), lanes.hat(y, lanes.splat(np.float32(4)))
     # unsigned, because numba makes provision for signed indices that count from the end
-    voxel = np.uint64(load_at)
+    here, here2 = np.uint64(at), np.uint64(at2)
     for kink in range(np.uint64(len(where))):
-        value = lanes.multiply(tap0, lanes.load(flat, voxel))
-        value = lanes.multiply_add(tap1, lanes.load(flat, voxel + np.uint64(1)), value)
-        value = lanes.multiply_add(tap2, lanes.load(flat, voxel + np.uint64(2)), value)
+        value = lanes.multiply(x0, lanes.load(flat, here))
+        value2 = lanes.multiply(y0, lanes.load(flat, here2))
+        value = lanes.multiply_add(x1, lanes.load(flat, here + np.uint64(1)), value)
+        value2 = lanes.multiply_add(y1, lanes.load(flat, here2 + np.uint64(1)), value2)
+        if taps > 2:
+            value = lanes.multiply_add(x2, lanes.load(flat, here + np.uint64(2)), value)
+            value2 = lanes.multiply_add(y2, lanes.load(flat, here2 + np.uint64(2)), value2)
         if taps > 3:
-            value = lanes.multiply_add(tap3, lanes.load(flat, voxel + np.uint64(3)), value)
+            value = lanes.multiply_add(x3, lanes.load(flat, here + np.uint64(3)), value)
+            value2 = lanes.multiply_add(y3, lanes.load(flat, here2 + np.uint64(3)), value2)
         if taps > 4:
-            value = lanes.multiply_add(tap4, lanes.load(flat, voxel + np.uint64(4)), value)
-        here = base + np.uint64(where[kink])
+            value = lanes.multiply_add(x4, lanes.load(flat, here + np.uint64(4)), value)
+            value2 = lanes.multiply_add(y4, lanes.load(flat, here2 + np.uint64(4)), value2)
+        row = base + np.uint64(where[kink])
         share = lanes.splat(weights[np.uint64(0), kink])
-        lanes.store(sums, here, lanes.multiply_add(share, value, lanes.load(sums, here)))
-        here += _U8
+        lanes.store(sums, row, lanes.multiply_add(share, value, lanes.load(sums, row)))
+        row += _U8
+        lanes.store(sums, row, lanes.multiply_add(share, value2, lanes.load(sums, row)))
+        row += _U8
         share = lanes.splat(weights[np.uint64(1), kink])
-        lanes.store(sums, here, lanes.multiply_add(share, value, lanes.load(sums, here)))
-        voxel += np.uint64(STRIP + OVERLAP)
+        lanes.store(sums, row, lanes.multiply_add(share, value, lanes.load(sums, row)))
+        row += _U8
+        lanes.store(sums, row, lanes.multiply_add(share, value2, lanes.load(sums, row)))
+        here += np.uint64(STRIP + OVERLAP)
+        here2 += np.uint64(STRIP + OVERLAP)
 
 
 @njit(**_FAST)
-def _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, high, where, weights, sums, base):  # type: ignore[no-untyped-def]
-    """The same for columns that lie apart, one at a time: for slices much nearer to the source than the plane is."""
+def _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, where, weights, sums, base):  # type: ignore[no-untyped-def]
+    """The same for eight columns that lie apart, one at a time: for slices much nearer to the source than the plane."""
     for lane in range(lanes.NUM):
         column = math.floor(at + step * lane)
         far = np.float32(at + step * lane - column)
@@ -248,24 +263,38 @@ def _add_rows_apart(flat, first_strip, num_strips, num_kinks, at, step, low, hig
         if column < 0 or strip >= num_strips:
             continue
         load_at = ((first_strip + strip) * num_kinks + low) * (STRIP + OVERLAP) + column % STRIP
-        for kink in range(low, high + 1):
+        for kink in range(len(where)):
             value = flat[load_at] + far * (np.float32(flat[load_at + 1]) - np.float32(flat[load_at]))
             here = base + np.uint64(where[kink]) + np.uint64(lane)
             sums[here] += weights[0, kink] * value
-            sums[here + _U8] += weights[1, kink] * value
+            sums[here + np.uint64(WIDTH)] += weights[1, kink] * value
             load_at += STRIP + OVERLAP
 
 
 @njit(**_FAST)
-def _integrate(changes, rows, columns, phases, plane):  # type: ignore[no-untyped-def]
-    """Changes of slope [row, lane] to values at plane[row * columns + lane * phases]: two sums, in float64."""
-    slope, value = np.zeros(lanes.NUM), np.zeros(lanes.NUM)
-    for row in range(rows):
-        for lane in range(lanes.NUM):
-            slope[lane] += changes[row * lanes.NUM + lane]
-            value[lane] += slope[lane]
-        for lane in range(lanes.NUM):
-            plane[row * columns + lane * phases] = value[lane]
+def _integrate(changes, num_rows, width, phases, plane, left, right):  # type: ignore[no-untyped-def]
+    """Changes of slope [row, two vectors] to values in the columns from left and from right on, `phases` apart.
+
+    Two cumulative sums, in float64. plane: [row, width], flat.
+    """
+    slope, slope2 = lanes.widen(lanes.splat(np.float32(0))), lanes.widen(lanes.splat(np.float32(0)))
+    value, value2 = slope, slope2
+    apart = np.empty(WIDTH, np.float32)
+    for row in range(np.uint64(num_rows)):
+        here = row * np.uint64(WIDTH)
+        slope = lanes.add(slope, lanes.widen(lanes.load(changes, here)))
+        slope2 = lanes.add(slope2, lanes.widen(lanes.load(changes, here + _U8)))
+        value, value2 = lanes.add(value, slope), lanes.add(value2, slope2)
+        start = row * np.uint64(width)
+        if phases == 1:
+            lanes.store(plane, start + np.uint64(left), lanes.narrow(value))
+            lanes.store(plane, start + np.uint64(right), lanes.narrow(value2))
+        else:
+            lanes.store(apart, np.uint64(0), lanes.narrow(value))
+            lanes.store(apart, _U8, lanes.narrow(value2))
+            for lane in range(np.uint64(lanes.NUM)):
+                plane[start + np.uint64(left) + lane * np.uint64(phases)] = apart[lane]
+                plane[start + np.uint64(right) + lane * np.uint64(phases)] = apart[lane + _U8]
 
 
 @njit(parallel=True, **_FAST)
@@ -279,7 +308,7 @@ def resample(passes, starts, planes, sdd_mm, pixel_mm, step, out):  # type: igno
         view, row = task // shape, task % shape
         line = out[view, row]
         line[:] = 0
-        index, weight = np.empty((2, shape), np.int32), np.empty((3, shape), np.float32)
+        index, weight = np.empty(shape, np.int32), np.empty((3, shape), np.float32)
         for pass_index in range(starts[view], starts[view + 1]):
             one = passes[pass_index]
             if not one.top <= row <= one.bottom:
@@ -293,49 +322,52 @@ def resample(passes, starts, planes, sdd_mm, pixel_mm, step, out):  # type: igno
                     _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight)
                     if one.shared:
                         _disown(one, r, shift, weight)
-                    _interpolate(one, plane, index, weight, line)
+                    _interpolate(plane, one.left, one.right, one.columns, index, weight, line)
 
 
 @njit(**_FAST)
 def _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight):  # type: ignore[no-untyped-def]
-    """Where the samples of one line of the detector lie on the plane, and what they weigh; of the pass' pixels only.
+    """Where in the plane the samples of one line of the detector lie, and what they weigh; of the pass' pixels only.
 
-    index: (row, column) of the grid's point before each sample. weight: how far the sample is beyond it, (row, column),
-    and `scale` times the mm that the ray goes from slice to slice, 0 for samples outside the grid.
+    index: the grid's point before each sample. weight: how far the sample is beyond it, (row, column), and `scale`
+    times the mm that the ray goes from slice to slice, 0 for samples outside the grid.
     """
-    shape = index.shape[1]
-    near_squared = sdd_mm**2 + ((r - (shape - 1) / 2) * pixel_mm) ** 2
-    main, row, column = (
-        one.to_main[0] + one.to_main[2] * r,
-        one.to_row[0] + one.to_row[2] * r,
-        one.to_column[0] + one.to_column[2] * r,
-    )
-    main_step, row_step, column_step = one.to_main[1], one.to_row[1], one.to_column[1]
-    last_row, last_column = np.float64(one.rows - 2), np.float64(one.columns - 2)
-    for pixel in range(one.left, one.right + 1):
-        c = pixel + shift
-        per_main = 1 / (main + main_step * c)
+    # positions are below 10,000, so float32 is within 1e-3 of a step of the grid, and its vectors are twice as long
+    main, main_step = np.float32(one.to_main[0] + one.to_main[2] * r), np.float32(one.to_main[1])
+    row, row_step = np.float32(one.to_row[0] + one.to_row[2] * r), np.float32(one.to_row[1])
+    column, column_step = np.float32(one.to_column[0] + one.to_column[2] * r), np.float32(one.to_column[1])
+    last_row, last_column, width = np.float32(one.rows - 2), np.float32(one.columns - 2), np.int32(one.columns)
+    middle = (len(index) - 1) / 2
+    near_squared = np.float32((sdd_mm**2 + ((r - middle) * pixel_mm) ** 2) * scale**2)
+    across_step, first, centre = np.float32(pixel_mm * scale), np.float32(one.left + shift), np.float32(middle)
+    nothing, whole = np.float32(0), np.float32(1)
+    # counted from 0, because numba makes provision for indices that count from the end
+    index, down = index[one.left : one.right + 1], weight[0, one.left : one.right + 1]
+    beyond, length = weight[1, one.left : one.right + 1], weight[2, one.left : one.right + 1]
+    for pixel in range(len(index)):
+        c = first + np.float32(np.int32(pixel))
+        per_main = whole / (main + main_step * c)
         at_row, at_column = (row + row_step * c) * per_main, (column + column_step * c) * per_main
-        near_row, near_column = min(max(at_row, 0.0), last_row), min(max(at_column, 0.0), last_column)
+        near_row, near_column = min(max(at_row, nothing), last_row), min(max(at_column, nothing), last_column)
         i, j = np.int32(near_row), np.int32(near_column)
-        index[0, pixel], index[1, pixel] = i, j
-        weight[0, pixel], weight[1, pixel] = near_row - i, near_column - j
-        across = (c - (shape - 1) / 2) * pixel_mm
-        inside = near_row == at_row and near_column == at_column
-        weight[2, pixel] = scale * math.sqrt(near_squared + across**2) * abs(per_main) if inside else 0.0
+        index[pixel] = i * width + j
+        down[pixel], beyond[pixel] = near_row - np.float32(i), near_column - np.float32(j)
+        across = across_step * (c - centre)
+        is_inside = near_row == at_row and near_column == at_column
+        length[pixel] = math.sqrt(near_squared + across * across) * abs(per_main) if is_inside else nothing
 
 
 @njit(**_FAST)
-def _interpolate(one, plane, index, weight, line):  # type: ignore[no-untyped-def]
+def _interpolate(plane, left, right, width, index, weight, line):  # type: ignore[no-untyped-def]
     """Add the plane at the samples of `_locate`, bilinear, to a line of pixels."""
-    width = np.int32(one.columns)
-    for pixel in range(np.uint64(one.left), np.uint64(one.right + 1)):
-        # unsigned, because numba makes provision for signed indices that count from the end
-        upper = np.uint64(index[0, pixel] * width + index[1, pixel])
-        lower = upper + np.uint64(width)
-        down, right = weight[0, pixel], weight[1, pixel]
-        above = plane[upper] + right * (plane[upper + np.uint64(1)] - plane[upper])
-        below = plane[lower] + right * (plane[lower + np.uint64(1)] - plane[lower])
+    # unsigned, because numba makes provision for signed indices that count from the end
+    width = np.uint64(width)
+    for pixel in range(np.uint64(left), np.uint64(right + 1)):
+        upper = np.uint64(index[pixel])
+        lower = upper + width
+        down, beyond = weight[0, pixel], weight[1, pixel]
+        above = plane[upper] + beyond * (plane[upper + np.uint64(1)] - plane[upper])
+        below = plane[lower] + beyond * (plane[lower + np.uint64(1)] - plane[lower])
         line[pixel] += weight[2, pixel] * (above + down * (below - above))
 
 

@@ -1,0 +1,192 @@
+"""Which planes the `cpu` projector needs for a view, and how fine the grid on each is.
+
+The rays of a view leave a cube around the source, in voxels, through one face or several; those that leave through the
+same face cross most slices of the same axis, and share a plane. Positions are in voxels, angles do not occur.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from drrgen.projectors.lanes import NUM
+
+# (row, column) for each main axis, as axes of a voxel (column, row, slice): x, the axis along which a CT is finest, is
+# the column wherever it can be.
+AXES = ((2, 1), (2, 0), (1, 0))
+# The columns of the grid that are summed together: two vectors. A row of sums is then one line of the cache.
+WIDTH = 2 * NUM
+# The plane's grid is this much finer than the pixels on it, where these are smallest, and never coarser than voxels.
+# Bilinear interpolation on such a grid blurs about as a pixel's area does: a triangle of half-width w has the second
+# moment w^2 / 6, a pixel's width 1 / 12, equal for w = 1 / sqrt(2). Rows cost next to nothing, columns cost time.
+_FINER = (1.6, 1.2)
+# Where pixels are larger than voxels a pixel is the mean of several samples, at most so many steps of the grid apart.
+_APART = 2.0
+_FACES = 6
+
+# One view's sums over the slices across one axis.
+PASS = np.dtype(
+    [
+        # the source, and where along the main axis the plane is; which slices lie before the source
+        *[(name, np.float64) for name in ("source_main", "source_row", "source_column", "plane")],
+        *[(name, np.int64) for name in ("first_slice", "last_slice")],
+        # the grid on the plane: rows x columns points, rows in either direction; columns in `phases` interleaved sets,
+        # each in groups of eight
+        *[(name, np.float64) for name in ("first_row", "row_step", "first_column", "column_step")],
+        *[(name, np.int64) for name in ("rows", "columns", "phases", "offset")],
+        # pixel (r, c) sees the point (to_row, to_column) / to_main of the grid, each a + b c + d r
+        *[(name, np.float64, 3) for name in ("to_main", "to_row", "to_column")],
+        # samples per pixel along the detector's columns and rows
+        *[(name, np.int64) for name in ("across", "down")],
+        # the pixels that see the volume through this pass lie in here, ends included
+        *[(name, np.int64) for name in ("top", "bottom", "left", "right")],
+        # which face of the cube the rays leave by: axis, or 3 + axis against it; and their direction, where a view has
+        # several passes
+        ("face", np.int64),
+        ("shared", np.bool_),
+        ("direction", np.float64, (3, 3)),
+    ]
+)
+
+
+@njit(parallel=True, cache=True)
+def plan(source, first_pixel, column_step, row_step, counts, shape, passes, num_passes):  # type: ignore[no-untyped-def]
+    """Write the passes of each view to passes[view, : num_passes[view]]; room for six of PASS a view. No offsets yet.
+
+    source, first_pixel, column_step, row_step: [V, 3], as of `Views.rays`. counts: voxels along x, y, z. shape: pixels
+    on a side.
+    """
+    for view in prange(len(source)):
+        # the ray of pixel (r, c) goes along direction @ (1, c, r)
+        direction = np.empty((3, 3))
+        direction[:, 0], direction[:, 1], direction[:, 2] = (
+            first_pixel[view] - source[view],
+            column_step[view],
+            row_step[view],
+        )
+        regions, corners = np.empty((_FACES, 8, 3)), np.zeros(_FACES, np.int64)
+        for face in range(_FACES):
+            corners[face] = _seen_through(face, direction, shape, regions[face])
+        found, across, down = 0, 1, 1
+        for face in range(_FACES):
+            region = regions[face, : corners[face]]
+            one = passes[view, found]
+            if len(region) and _plan_pass(face, region, source[view], direction, counts, shape, one):
+                one.shared = (corners > 0).sum() > 1
+                across, down = max(across, one.across), max(down, one.down)
+                found += 1
+        # passes that share a view share its samples: each belongs to one of them
+        for index in range(found):
+            passes[view, index].across, passes[view, index].down = across, down
+        num_passes[view] = found
+
+
+@njit(cache=True)
+def _seen_through(face, direction, shape, region):  # type: ignore[no-untyped-def]
+    """The pixels whose rays leave through a face: the corners (1, c, r) of a convex polygon in `region`; their number.
+
+    The detector, clipped by the four planes between this face and its neighbours (Sutherland-Hodgman).
+    """
+    near, far = -0.5, shape - 0.5
+    region[:, 0] = 1
+    region[0, 1:], region[1, 1:] = near, (far, near)
+    region[2, 1:], region[3, 1:] = far, (near, far)
+    count = 4
+    main = face % 3
+    sign = 1.0 if face < 3 else -1.0
+    kept = np.empty_like(region)
+    for turn in range(4):
+        other = (main + 1 + turn % 2) % 3
+        plane = sign * direction[main] + (1.0 if turn < 2 else -1.0) * direction[other]
+        num_kept = 0
+        for here in range(count):
+            before = (here - 1) % count
+            height, height_before = (region[here] * plane).sum(), (region[before] * plane).sum()
+            if (height >= 0) != (height_before >= 0):
+                part = height_before / (height_before - height)
+                kept[num_kept] = region[before] + part * (region[here] - region[before])
+                num_kept += 1
+            if height >= 0:
+                kept[num_kept] = region[here]
+                num_kept += 1
+        count = num_kept
+        region[:count] = kept[:count]
+    return count
+
+
+@njit(cache=True)
+def _plan_pass(face, region, source, direction, counts, shape, one):  # type: ignore[no-untyped-def]
+    """The plane and its grid for the pixels in `region` [corners, (1, c, r)]; False where they see nothing."""
+    main = face % 3
+    row, column = AXES[main]
+    # slices before the source; the one that holds it has no scale
+    first, last = 0, counts[main] - 1
+    if face < 3:
+        first = max(first, math.floor(source[main]) + 1)
+    else:
+        last = min(last, math.ceil(source[main]) - 1)
+    if first > last:
+        return False
+    # in the middle, where the scales of the slices differ least from 1
+    plane = (first + last) / 2
+    reach = plane - source[main]
+    one.source_main, one.source_row, one.source_column = source[main], source[row], source[column]
+    one.plane, one.first_slice, one.last_slice = plane, first, last
+    one.face, one.direction[:] = face, direction
+    one.to_main[:] = direction[main]
+    across, down = np.inf, np.inf
+    for place, axis in enumerate((row, column)):
+        # the volume's shadow on the plane, with the border in which attenuation falls to 0
+        shadow_low, shadow_high = np.inf, -np.inf
+        for end in (first, last):
+            for edge in (-1, counts[axis]):
+                at = source[axis] + (edge - source[axis]) * reach / (end - source[main])
+                shadow_low, shadow_high = min(shadow_low, at), max(shadow_high, at)
+        low, high, smallest = np.inf, -np.inf, np.inf
+        for corner in region:
+            ahead = (corner * direction[main]).sum()
+            slope = (corner * direction[axis]).sum() / ahead
+            at = source[axis] + reach * slope
+            low, high = min(low, at), max(high, at)
+            move = np.abs(reach / ahead) * np.hypot(*_moves(direction, axis, main, slope))
+            smallest = min(smallest, move)
+        # rows begin at the side where less of the shadow is cut off: what is before the first row is summed in vain
+        is_reversed = place == 0 and low - shadow_low > shadow_high - high
+        low, high = max(low, shadow_low), min(high, shadow_high)
+        if low >= high:
+            return False
+        step = min(1.0, max(1e-6, smallest / _FINER[place]))
+        num_points = math.ceil((high - low) / step) + 4
+        start = low - step
+        if is_reversed:
+            start, step = high + step, -step
+        to_grid = ((source[axis] - start) * direction[main] + reach * direction[axis]) / step
+        if place == 0:
+            one.first_row, one.row_step, one.rows, one.to_row[:] = start, step, num_points, to_grid
+        else:
+            one.first_column, one.column_step, one.to_column[:] = start, step, to_grid
+            # columns of a slice that are read together are a voxel apart: finer grids are several interleaved ones
+            one.phases = max(1, min(math.floor(1.2 / step), (num_points + WIDTH - 1) // WIDTH))
+            group = one.phases * WIDTH
+            one.columns = (num_points + group - 1) // group * group
+    # how many steps of the grid it is from pixel to pixel, along the detector's columns and rows, where it is least
+    for corner in region:
+        ahead = (corner * direction[main]).sum()
+        rows = _moves(direction, row, main, (corner * direction[row]).sum() / ahead)
+        columns = _moves(direction, column, main, (corner * direction[column]).sum() / ahead)
+        scale = np.abs(reach / ahead)
+        across = min(across, scale * np.hypot(rows[0] / one.row_step, columns[0] / one.column_step))
+        down = min(down, scale * np.hypot(rows[1] / one.row_step, columns[1] / one.column_step))
+    one.across, one.down = max(1, math.ceil(across / _APART)), max(1, math.ceil(down / _APART))
+    lowest, highest = np.full(2, np.inf), np.full(2, -np.inf)
+    for corner in region:
+        lowest, highest = np.minimum(lowest, corner[1:]), np.maximum(highest, corner[1:])
+    one.left, one.top = max(0, math.floor(lowest[0])), max(0, math.floor(lowest[1]))
+    one.right, one.bottom = min(shape - 1, math.ceil(highest[0])), min(shape - 1, math.ceil(highest[1]))
+    return True
+
+
+@njit(cache=True)
+def _moves(direction, axis, main, slope):  # type: ignore[no-untyped-def]
+    """How far a ray moves along an axis, per slice of the main one, from pixel to pixel: along columns, along rows."""
+    return direction[axis, 1] - slope * direction[main, 1], direction[axis, 2] - slope * direction[main, 2]
