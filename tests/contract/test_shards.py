@@ -168,7 +168,7 @@ def test_later_minor_versions_are_read_and_their_additions_ignored(shard_path: P
     shutil.copy(shard_path, path)
     with h5py.File(path, "r+") as file:
         file.attrs["schema_version"] = "1.7"
-        file["images_bone/64"] = np.zeros(3)
+        file["images_metal/64"] = np.zeros(3)
         file.attrs["mood"] = "good"
     assert len(svdrr.shards.open_shard(path)) == len(svdrr.shards.open_shard(shard_path))
     drrgen.shards.Shard(path).__exit__(None, None, None)
