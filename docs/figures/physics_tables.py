@@ -53,20 +53,40 @@ def attenuation(path: Path) -> None:
     path.write_text("\n".join(rows) + "\n")
 
 
-def response(energy_kev: np.ndarray) -> np.ndarray:
+def response(energy_kev: np.ndarray, coefficient=xraylib.CS_Total_CP) -> np.ndarray:
     """What a photon leaves in the detector: its energy, if it interacts at all."""
-    per_g = np.array([xraylib.CS_Total_CP("CsI", float(kev)) for kev in energy_kev])
+    per_g = np.array([coefficient("CsI", float(kev)) for kev in energy_kev])
     return energy_kev * (1 - np.exp(-per_g * CSI_G_PER_CM2))
+
+
+def fluence(name: str, bin_kev: float) -> tuple[np.ndarray, np.ndarray]:
+    """(energies, photons) behind the filters, from 10 keV on."""
+    kvp, filters = TUBES[name]
+    tube = spekpy.Spek(kvp=kvp, th=ANODE_DEG, dk=bin_kev)
+    tube.multi_filter(filters)
+    kev, photons = tube.get_spectrum()
+    return kev[kev >= ENERGY_KEV[0]], photons[kev >= ENERGY_KEV[0]]
+
+
+def choices() -> None:
+    """What other bins, and a detector that loses what it scatters or fluoresces, would change: p of 20 cm of water."""
+
+    def p(bin_kev: float, coefficient=xraylib.CS_Total_CP) -> float:
+        kev, photons = fluence("chest120", bin_kev)
+        per_cm = np.array([xraylib.CS_Total_CP(ESTAR["water"], float(one)) for one in kev])
+        seen = photons * response(kev, coefficient)
+        return float(-np.log(seen @ np.exp(-20 * per_cm) / seen.sum()))
+
+    print(f"chest120, 20 cm of water: p = {p(1):.4f}; bins of 0.5 keV {p(0.5):.4f}, of 2 keV {p(2):.4f};")
+    print(f"energy absorption coefficient of CsI in the place of attenuation {p(1, xraylib.CS_Energy_CP):.4f}")
 
 
 def spectra(path: Path) -> None:
     energy_kev = np.arange(10.5, max(kvp for kvp, _ in TUBES.values()))
     weights = {}
-    for name, (kvp, filters) in TUBES.items():
-        tube = spekpy.Spek(kvp=kvp, th=ANODE_DEG, dk=1)
-        tube.multi_filter(filters)
-        kev, fluence = tube.get_spectrum()
-        seen = np.where(kev >= energy_kev[0], fluence * response(kev), 0)
+    for name in TUBES:
+        kev, photons = fluence(name, 1)
+        seen = photons * response(kev)
         # bins beyond the kVp are empty
         weights[name] = np.interp(energy_kev, kev, seen / seen.sum(), right=0)
     rows = ["# shares of what the detector absorbs; SpekPy 2.5.4, CsI; made by docs/figures/physics_tables.py"]
@@ -79,3 +99,4 @@ def spectra(path: Path) -> None:
 if __name__ == "__main__":
     attenuation(Path(sys.argv[1]) / "attenuation.csv")
     spectra(Path(sys.argv[1]) / "spectra.csv")
+    choices()

@@ -201,6 +201,28 @@ def test_the_golden_shard_of_1_1_has_nodules_in_every_dataset_of_the_document() 
         assert file.attrs["dataset"] == "drrgen phantoms"
 
 
+def test_the_golden_shard_of_1_2_has_what_that_version_adds() -> None:
+    """By the document alone: its line integrals of water, its sum of soft and bone, its energy."""
+    with h5py.File(GOLDEN / "1.2" / "tiny.h5") as file:
+        for path in (row.path for row in schema.datasets()):
+            if path.startswith(("/spectrum/", "/images_", "/checks/")):
+                for size in (64, 32):
+                    assert file[path.replace("<size>", str(size))].size > 0
+        for name in (row.names.strip("`") for row in schema.attributes() if row.on == "/spectrum"):
+            assert name in file["spectrum"].attrs
+        assert file["spectrum"].attrs["name"] == "chest120"
+        energy_kev, weight, mu_water, _ = (
+            file[f"spectrum/{name}"][:] for name in ("energy_kev", "weight", "mu_water_per_mm", "bone_factor")
+        )
+        assert weight @ energy_kev == pytest.approx(file["spectrum"].attrs["mean_kev"])
+        # 0.1 keV is 0.1 % of water's attenuation
+        effective = -np.log(weight @ np.exp(-200 * mu_water)) / 200
+        assert file["images/64"].attrs["mu_water_per_mm"] == pytest.approx(effective, rel=1e-3)
+        whole, soft, bone = (file[f"{name}/64"][:].astype(int) for name in ("images", "images_soft", "images_bone"))
+        assert np.abs(whole - soft - bone).max() <= 1
+        assert bone.max() > 4096
+
+
 def test_nodules_are_cut_out_as_the_document_prints_it() -> None:
     """The first nodule's box is columns 39.8 to 43.1, rows 33.2 to 36.5; the second's lies left of the image."""
     text = (schema.DOCS / "how-to" / "nodules.md").read_text()

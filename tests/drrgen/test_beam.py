@@ -1,9 +1,11 @@
 """Spectra and the line integrals that they give: laws, known answers, and the table against the sum."""
 
 import math
+import re
 
 import numpy as np
 import pytest
+from tests.contract import schema
 
 from drrgen import attenuation, beam
 from drrgen.errors import InputError
@@ -13,9 +15,9 @@ KVP = {"chest120": 120, "portable90": 90, "carm80": 80}
 
 def direct(of: beam.Beam, water_mm: float, dense_mm: float) -> float:
     """The sum over the lines, one after the other."""
+    mu_water, factor = attenuation.water_per_mm(of.energy_kev), attenuation.bone_factor(of.energy_kev)
     intensity = 0.0
-    for energy_kev, weight in zip(of.energy_kev, of.weight, strict=True):
-        mu_w, k = float(attenuation.water_per_mm(energy_kev)), float(attenuation.bone_factor(energy_kev))
+    for weight, mu_w, k in zip(of.weight, mu_water, factor, strict=True):
         intensity += weight * math.exp(-mu_w * (water_mm + k * dense_mm))
     return -math.log(intensity)
 
@@ -37,7 +39,7 @@ def test_every_spectrum_is_one(spectrum: beam.Beam) -> None:
     assert (spectrum.weight > 0).all()
     assert (np.diff(spectrum.energy_kev) > 0).all()
     # filtered, and up to the tube's voltage in bins of 1 keV
-    assert 10 < spectrum.energy_kev[0]
+    assert spectrum.energy_kev[0] > 10
     assert spectrum.energy_kev[-1] == KVP[spectrum.name] - 0.5
 
 
@@ -75,6 +77,28 @@ def test_error_of_60_kev(water_cm: float, bone_cm: float, percent: float) -> Non
     exact = direct(beam.spectrum("chest120"), water_mm, dense_mm)
     mono = direct(beam.mono(60), water_mm, dense_mm)
     assert 100 * (mono / exact - 1) == pytest.approx(percent, abs=0.15)
+
+
+def test_the_documents_tables() -> None:
+    """docs/rendering.md, to the digits that it prints, by the sum over the lines."""
+    tables = schema.tables("rendering.md")
+    header, rows = next((header, rows) for header, rows in tables.items() if header[0] == "water + cortical bone, cm")
+    assert len(rows) == 7
+    for path, p, *percents in rows:
+        water_cm, bone_cm = map(float, path.split(" + "))
+        through = 10 * (water_cm + bone_cm), 10 * bone_cm * 1.4446
+        assert direct(beam.spectrum("chest120"), *through) == pytest.approx(float(p), abs=6e-4)
+        for what, percent in zip(header[2:], percents, strict=True):
+            energy_kev, name = re.fullmatch(r"([\d.]+) keV for `(\w+)`", what).groups()
+            ratio = direct(beam.mono(float(energy_kev)), *through) / direct(beam.spectrum(name), *through)
+            assert 100 * (ratio - 1) == pytest.approx(float(percent.split(" ")[0]), abs=0.06)
+    header, rows = next((header, rows) for header, rows in tables.items() if header[0] == "spectrum")
+    assert [row[0].strip("`") for row in rows] == list(beam.NAMES)
+    for name, tube, mean, equivalent in rows:
+        one = beam.spectrum(name.strip("`"))
+        assert tube in f"{one.description}".replace(", tungsten anode of 12 degrees", "")
+        assert one.mean_kev == pytest.approx(float(mean), abs=0.06)
+        assert one.equivalent_kev == pytest.approx(float(equivalent.split(", ")[1]), abs=0.11)
 
 
 def test_one_line_is_the_formula() -> None:

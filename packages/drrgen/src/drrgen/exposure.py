@@ -8,17 +8,14 @@ from drrgen.beam import Beam, LineIntegrals
 from drrgen.geometry import Detector, Float, Views
 from drrgen.projectors import Project, Projector
 
-# The images of a view where materials are wanted: the whole, and its two summands.
-WITH_MATERIALS = ("images", "images_soft", "images_bone")
-
 
 def prepare(
     projector: Projector, hu: NDArray[np.int16], voxel_from_world: Float, beam: Beam, materials: bool = False
 ) -> Project:
     """The volume, [slice, row, column], made ready to be cast in this beam.
 
-    Result: line integrals [view, row, column]; with materials [view, 3, row, column] in the order of WITH_MATERIALS.
-    The soft image is what the beam would show if nothing attenuated more than water, HU above 0 being 0; the bone image
+    Result: line integrals [view, row, column]; with materials [view, 3, row, column]: the whole and its two summands,
+    soft and bone. The soft image is what the beam would show if nothing attenuated more than water, HU above 0 being 0; the bone image
     is the rest. One energy without materials is one cast; all else casts two volumes, and holds both.
     """
     if not beam.is_spectrum and not materials:
