@@ -15,8 +15,8 @@ def prepare(
     """The volume, [slice, row, column], made ready to be cast in this beam.
 
     Result: line integrals [view, row, column]; with materials [view, 3, row, column]: the whole and its two summands,
-    soft and bone. The soft image is what the beam would show if nothing attenuated more than water, HU above 0 being 0; the bone image
-    is the rest. One energy without materials is one cast; all else casts two volumes, and holds both.
+    soft and bone. The soft image is what the beam would show if nothing attenuated more than water, HU above 0 being 0;
+    the bone image is the rest. One energy without materials is one cast; all else casts two volumes, and holds both.
     """
     if not beam.is_spectrum and not materials:
         return projector(attenuation.mu_per_mm(hu, float(beam.energy_kev[0])), voxel_from_world)
