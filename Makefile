@@ -29,6 +29,7 @@ figures: demo/report.md  ## make the pictures and the table of the documentation
 	$(BIN)/python docs/figures/geometry.py docs/img
 	[ ! -d $(CT) ] || $(BIN)/python docs/figures/body.py $(CT) docs/img
 	[ ! -d $(CT) ] || $(BIN)/python docs/figures/nodule.py $(CT) docs/img
+	[ ! -d $(CT) ] || $(BIN)/python docs/figures/physics.py $(CT) docs/img
 	cp demo/demo.png docs/img/demo.png
 	$(BIN)/python docs/figures/readme.py demo/report.md README.md
 

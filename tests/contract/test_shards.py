@@ -168,7 +168,7 @@ def test_later_minor_versions_are_read_and_their_additions_ignored(shard_path: P
     shutil.copy(shard_path, path)
     with h5py.File(path, "r+") as file:
         file.attrs["schema_version"] = "1.7"
-        file["images_bone/64"] = np.zeros(3)
+        file["images_metal/64"] = np.zeros(3)
         file.attrs["mood"] = "good"
     assert len(svdrr.shards.open_shard(path)) == len(svdrr.shards.open_shard(shard_path))
     drrgen.shards.Shard(path).__exit__(None, None, None)
@@ -199,6 +199,28 @@ def test_the_golden_shard_of_1_1_has_nodules_in_every_dataset_of_the_document() 
         assert file["nodules/readers"][:].tolist() == [4, 1]
         assert file["nodules/ratings/malignancy"][:].tolist() == [[5, 4, 4, 3], [2, 0, 0, 0]]
         assert file.attrs["dataset"] == "drrgen phantoms"
+
+
+def test_the_golden_shard_of_1_2_has_what_that_version_adds() -> None:
+    """By the document alone: its line integrals of water, its sum of soft and bone, its energy."""
+    with h5py.File(GOLDEN / "1.2" / "tiny.h5") as file:
+        for path in (row.path for row in schema.datasets()):
+            if path.startswith(("/spectrum/", "/images_", "/checks/")):
+                for size in (64, 32):
+                    assert file[path.replace("<size>", str(size))].size > 0
+        for name in (row.names.strip("`") for row in schema.attributes() if row.on == "/spectrum"):
+            assert name in file["spectrum"].attrs
+        assert file["spectrum"].attrs["name"] == "chest120"
+        energy_kev, weight, mu_water, _ = (
+            file[f"spectrum/{name}"][:] for name in ("energy_kev", "weight", "mu_water_per_mm", "bone_factor")
+        )
+        assert weight @ energy_kev == pytest.approx(file["spectrum"].attrs["mean_kev"])
+        # 0.1 keV is 0.1 % of water's attenuation
+        effective = -np.log(weight @ np.exp(-200 * mu_water)) / 200
+        assert file["images/64"].attrs["mu_water_per_mm"] == pytest.approx(effective, rel=1e-3)
+        whole, soft, bone = (file[f"{name}/64"][:].astype(int) for name in ("images", "images_soft", "images_bone"))
+        assert np.abs(whole - soft - bone).max() <= 1
+        assert bone.max() > 4096
 
 
 def test_nodules_are_cut_out_as_the_document_prints_it() -> None:

@@ -1,5 +1,7 @@
 """The commands as a user types them, from DICOM to picture, and one clear line for every mistake."""
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from PIL import Image
 from tests.drrgen.volumes import volume
 
 from drrgen import cli, dicom
+from drrgen.config import RenderConfig
 
 
 def drrgen(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -65,6 +68,52 @@ def test_render_validate_view(run, ct_dir: Path, capsys: pytest.CaptureFixture) 
     assert run("view", finished[0], "--sheet", "sheet.png") == 0
     with Image.open("sheet.png") as sheet:
         assert sheet.size == (8 * 64, 3 * 64)
+
+
+def test_render_with_a_spectrum_and_materials(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """The beam is harder than 60 keV where much is before it, and the bone image knows bone."""
+    Path("one").mkdir()
+    shutil.copytree(next(ct_dir.glob("*/PHANTOM-0000")), "one/ct")
+    for out, *options in (("mono",), ("chest", "--spectrum", "chest120", "--materials")):
+        assert run("render", "--ct-dir", "one", *SMALL, "--out", out, *options) == 0
+    (mono,), (chest,) = (list(Path(out).iterdir()) for out in ("mono", "chest"))
+    assert run("validate", mono, chest) == 0
+    with h5py.File(mono) as a, h5py.File(chest) as b:
+        difference = (b["images/64"][:].astype(float) - a["images/64"][:]) / 4096
+        whole = a["images/64"][:] / 4096
+        assert difference[whole > 6].mean() < -0.1  # behind much, 60 keV attenuate too much ...
+        assert 0 < difference[(whole > 0.2) & (whole < 1.5)].mean() < 0.1  # ... and behind little, too little
+        assert 0.02 < b["images_bone/64"][:].sum() / b["images/64"][:].sum() < 0.3
+        assert "spectrum" not in a
+    capsys.readouterr()
+    assert run("render", "--ct-dir", "one", *SMALL, "--out", "mono", "--energy", 70) == 2
+    assert "--overwrite" in one_line(capsys)
+    assert run("render", "--ct-dir", "one", *SMALL, "--out", "mono", "--energy", 60) == 0
+    assert "1 already finished" in capsys.readouterr().out
+
+
+def test_shards_from_before_there_was_a_choice_of_beam_are_finished(run, ct_dir: Path, capsys) -> None:
+    """The first version rendered at 60 keV and had no word for it."""
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    for path in Path("shards").iterdir():
+        with h5py.File(path, "r+") as file:
+            known = json.loads(file.attrs["config_json"])
+            assert {name: known.pop(name) for name in ("energy_kev", "spectrum", "materials")} == {
+                "energy_kev": 60.0,
+                "spectrum": None,
+                "materials": False,
+            }
+            file.attrs["config_json"] = json.dumps(known, sort_keys=True)
+            file.attrs["config_sha256"] = hashlib.sha256(file.attrs["config_json"].encode()).hexdigest()
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    assert "2 already finished" in capsys.readouterr().out
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--materials") == 2
+
+
+@pytest.mark.parametrize("config_json", ["", "no JSON", "[1]", "{}", "null", '{"grid": "5deg"}'])
+def test_a_shard_of_unreadable_settings_was_made_with_others(config_json: str) -> None:
+    assert not RenderConfig().made(config_json)
+    assert RenderConfig().made(RenderConfig().to_json())
 
 
 def test_a_broken_shard_is_rendered_again(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
@@ -143,6 +192,9 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("render", "--ct-dir", ".", "--levels", "512,128"), "512,256"),
         (("render", "--ct-dir", ".", "--levels", "a"), "256,512"),
         (("render", "--ct-dir", ".", "--size", 0), "--size 0"),
+        (("render", "--ct-dir", ".", "--energy", 160), "10 to 150 keV"),
+        (("render", "--ct-dir", ".", "--spectrum", "chest"), "chest120, portable90, carm80"),
+        (("render", "--ct-dir", ".", "--spectrum", "carm80", "--energy", 60), "choose one of them"),
         (("validate", "nowhere.h5"), "no such shard"),
         (("validate", "text.h5"), "not a readable HDF5 file"),
         (("view", "nowhere.h5", "--sheet", "x.png"), "no such shard"),

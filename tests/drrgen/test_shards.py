@@ -1,6 +1,7 @@
 """Shards are whole or absent, say what they hold, and betray every change."""
 
 import json
+import zlib
 from pathlib import Path
 
 import h5py
@@ -9,7 +10,7 @@ import pytest
 from tests.drrgen.test_cli import drrgen as command
 from tests.drrgen.volumes import volume
 
-from drrgen import anatomy, dicom, phantom, shards, truncation
+from drrgen import anatomy, beam, dicom, phantom, shards, truncation
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views
 from drrgen.nodules import RATINGS, AnnotatedNodule
@@ -17,6 +18,7 @@ from drrgen.render import quantised, render
 from drrgen.volume import Volume
 
 DETECTORS = [Detector(16, 4.0), Detector(8, 8.0)]
+KINDS = ("images", "images_soft", "images_bone")
 VIEWS = Views(np.array([0.0, 30, 60]), np.array([0.0, 10, 20]), np.zeros(3), 1800.0, 1640.0)
 
 
@@ -237,6 +239,83 @@ def test_every_damage_is_named(path: Path, damage, expected: str) -> None:
     with h5py.File(path, "r+") as file:
         damage(file)
     assert any(expected in line for line in shards.violations(path)), shards.violations(path)
+
+
+@pytest.fixture
+def with_materials(tmp_path: Path) -> Path:
+    """A shard of a spectrum whose wholes are soft and bone, each rounded; one pixel is beyond the scale."""
+    rng = np.random.default_rng(3)
+    soft, bone = rng.uniform(0, 5, (3, 16, 16)), rng.uniform(0, 3, (3, 16, 16))
+    bone[1, 5, 5] = 15
+    fine = quantised(np.stack([soft + bone, soft, bone], axis=1).astype(np.float32))
+    path = tmp_path / "materials.h5"
+    with create(path, beam=beam.spectrum("carm80"), materials=True) as writer:
+        writer.append({16: fine, 8: shards.halved(fine)})
+    return path
+
+
+def test_materials_and_spectrum_are_written_and_come_back(with_materials: Path, path: Path) -> None:
+    assert shards.violations(with_materials) == []
+    with shards.Shard(with_materials) as shard:
+        assert shard.has_materials
+        for size, steps in ((16, 1), (8, 2)):  # each average of rounded values is rounded again
+            whole, soft, bone = (shard.line_integrals(size, 2, name) for name in KINDS)
+            assert np.abs(whole - soft - bone).max() <= steps * shards.SCALE
+            assert min(soft.mean(), bone.mean()) > 1
+    with h5py.File(with_materials) as file:
+        assert [file[f"{name}/16"].attrs["saturated_count"] for name in KINDS] == [1, 0, 0]
+        carm = beam.spectrum("carm80")
+        assert file["images/8"].attrs["energy_kev"] == carm.equivalent_kev
+        assert np.array_equal(file["spectrum/weight"][:], carm.weight)
+        assert file["spectrum"].attrs["kvp"] == 80
+        assert "3 mm Al + 0.1 mm Cu" in file["spectrum"].attrs["description"]
+    with shards.Shard(path) as plain, h5py.File(path) as file:
+        assert not plain.has_materials
+        assert "spectrum" not in file
+        attributes = file["images/16"].attrs
+        assert [attributes[name] for name in ("energy_kev", "mu_water_per_mm", "bone_factor")] == [60, 0.02059, 1.24]
+
+
+def with_right_sum(path: str, size: int, *where: int):
+    """Change a pixel and the checksum of its image: only a law that it breaks betrays it."""
+
+    def change(file: h5py.File) -> None:
+        put(f"{path}/{size}", *where)(file)
+        name = path.replace("images", "crc32")
+        image = np.ascontiguousarray(file[f"{path}/{size}"][where[0]], "<u2")
+        file[f"checks/{size}/{name}"][where[0]] = zlib.crc32(image.data)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (put("images_soft/16", 1, 2, 3), "images_soft/16: view 1 does not match its CRC-32"),
+        (put("images_bone/8", 2, 2, 3), "images_bone/8: view 2 does not match its CRC-32"),
+        (put("checks/8/crc32_bone", 0), "images_bone/8: view 0 does not match"),
+        (with_right_sum("images_soft", 16, 1, 2, 3), "images_soft/16: view 1 and its bone image do not add up"),
+        (with_right_sum("images_bone", 16, 2, 0, 0), "images_soft/16: view 2 and its bone image do not add up"),
+        (with_right_sum("images_bone", 8, 2, 0, 0), "images_bone/8: view 2 is not the box average"),
+        (lambda file: file.__delitem__("images_soft"), "images_soft/16: missing"),
+        (lambda file: file.__delitem__("images_bone"), "images_bone/16: missing"),
+        (lambda file: file.__delitem__("images_bone/8"), "images_bone/8: missing"),
+        (lambda file: file.__delitem__("checks/16/crc32_soft"), "checks/16/crc32_soft: missing"),
+        (attribute("images_soft/8", "scale", 1.0), "images_soft/8: quantity, scale, offset"),
+        (without("images_bone/8", "saturated_count"), "saturated_count is missing"),
+        (lambda file: file.__delitem__("spectrum/weight"), "spectrum/weight: missing"),
+        (lambda file: file["spectrum/weight"].__setitem__(3, 0.5), "spectrum/weight: not shares"),
+        (lambda file: file["spectrum/weight"].__setitem__(3, np.nan), "spectrum/weight: not shares"),
+        (lambda file: file["spectrum/energy_kev"].__setitem__(3, 1.0), "spectrum: energies"),
+        (lambda file: file["spectrum/mu_water_per_mm"].__setitem__(0, np.nan), "spectrum: energies"),
+        (without("spectrum", "name"), "attribute name is missing"),
+        (attribute("spectrum", "kvp", "80"), "attribute kvp is '80'"),
+    ],
+)
+def test_every_damage_to_materials_and_spectrum_is_named(with_materials: Path, damage, expected: str) -> None:
+    with h5py.File(with_materials, "r+") as file:
+        damage(file)
+    assert any(expected in line for line in shards.violations(with_materials)), shards.violations(with_materials)
 
 
 def test_a_pyramid_that_is_no_average_is_named(tmp_path: Path) -> None:

@@ -90,6 +90,13 @@ def render(
     elevation: Annotated[str, typer.Option(help="Keep only elevations low:high, in degrees.")] = "-90:90",
     geometry: Annotated[str, typer.Option(help="chest, portable, carm or lidc-idri-drr.")] = "chest",
     projector: Annotated[str, typer.Option(help="auto, cpu or siddon (the slow reference).")] = "auto",
+    energy: Annotated[float | None, typer.Option(help="A beam of one energy, 10 to 150 keV. [default: 60]")] = None,
+    spectrum: Annotated[
+        str | None, typer.Option(help="A beam as of a tube instead: chest120, portable90 or carm80; twice the time.")
+    ] = None,
+    materials: Annotated[
+        bool, typer.Option("--materials", help="Store images without bone, and of bone alone, too.")
+    ] = False,
     keep_table: Annotated[bool, typer.Option("--keep-table", help="Do not remove what lies outside the body.")] = False,
     on_defect: Annotated[str, typer.Option(help="Series with defects: reject or, where possible, repair.")] = "reject",
     dataset_name: Annotated[str | None, typer.Option(help="Name of the data set, for the shards.")] = None,
@@ -103,7 +110,8 @@ def render(
 
     sizes = _sizes(levels)
     origin = (dataset_name, licence, attribution)
-    config = RenderConfig(grid, azimuth, elevation, size, sizes, geometry, projector, keep_table, *origin)
+    physics = (energy, spectrum, materials)
+    config = RenderConfig(grid, azimuth, elevation, size, sizes, geometry, projector, keep_table, *origin, *physics)
     if dry_run:
         print(config.to_json())
         return

@@ -4,19 +4,24 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-from drrgen import grid, projectors
+from drrgen import beam, grid, projectors
+from drrgen.attenuation import ENERGY_KEV
+from drrgen.beam import Beam
 from drrgen.errors import InputError
 from drrgen.geometry import PRESETS, Detector, Setup
 
 MIN_LEVEL = 64
 MAX_SIZE = 4096
+# What the first version did before there were settings for it.
+_LATER = {"energy_kev": 60.0, "spectrum": None, "materials": False}
 
 
 @dataclass(frozen=True)
 class RenderConfig:
     """All that a shard depends on beside the CT. `levels`, from the largest on; None for every halving down to 64.
 
-    dataset, licence, attribution: of CTs that do not say themselves where they come from.
+    energy_kev: None for 60 keV, or where a spectrum is named. dataset, licence, attribution: of CTs that do not say
+    themselves where they come from.
     """
 
     grid: str = "5deg"
@@ -30,6 +35,9 @@ class RenderConfig:
     dataset: str | None = None
     licence: str | None = None
     attribution: str | None = None
+    energy_kev: float | None = None
+    spectrum: str | None = None
+    materials: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_SIZE:
@@ -44,6 +52,11 @@ class RenderConfig:
                 f" level wanted, e.g. {','.join(map(str, _halvings(self.size)))}"
             )
         object.__setattr__(self, "levels", levels)
+        if self.spectrum is None:
+            object.__setattr__(self, "energy_kev", float(ENERGY_KEV if self.energy_kev is None else self.energy_kev))
+        elif self.energy_kev is not None:
+            raise InputError(f"--energy {self.energy_kev:g} and --spectrum {self.spectrum}: choose one of them")
+        _ = self.beam  # raises where there is none
         grid.directions(self.grid, self.azimuth, self.elevation)
 
     @property
@@ -55,8 +68,19 @@ class RenderConfig:
         """One detector per level, the largest first."""
         return [Detector(size, self.setup.detector_mm / size) for size in self.levels or ()]
 
+    @property
+    def beam(self) -> Beam:
+        return beam.mono(self.energy_kev) if self.energy_kev is not None else beam.spectrum(str(self.spectrum))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"setup": asdict(self.setup)}, sort_keys=True)
+
+    def made(self, config_json: str) -> bool:
+        """Whether a shard's settings are these; a setting that did not exist when it was made had its default."""
+        try:
+            return bool(_LATER | json.loads(config_json) == json.loads(self.to_json()))
+        except (TypeError, ValueError):
+            return False
 
 
 def _halvings(size: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from drrgen import anatomy, attenuation, body, catalog, dicom, grid, lidc, phantom, projectors, shards
+from drrgen import anatomy, body, catalog, dicom, exposure, grid, lidc, phantom, projectors, shards
 from drrgen.config import RenderConfig
 from drrgen.defects import POLICIES, SeriesRejected, printable
 from drrgen.errors import InputError
@@ -86,7 +86,7 @@ def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refu
         print(f"rendering again: {error}", file=sys.stderr)
         return False
     with shard:
-        if shard.config_json != config.to_json():
+        if not config.made(shard.config_json):
             raise InputError(
                 f"{path} was rendered with other settings ({shard.config_json} instead of {config.to_json()}): "
                 "choose another --out, or --overwrite"
@@ -113,7 +113,8 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
         volume = volume.with_hu(body.masked(volume, mask))
     azimuth_deg, elevation_deg = grid.directions(config.grid, config.azimuth, config.elevation)
     views = Views(azimuth_deg, elevation_deg, volume.centre_mm, config.setup.sdd_mm, config.setup.sod_mm)
-    project = projectors.get(config.projector)(attenuation.mu_per_mm(volume.hu), volume.voxel_from_world)
+    projector = projectors.get(config.projector)
+    project = exposure.prepare(projector, volume.hu, volume.voxel_from_world, config.beam, config.materials)
     batches = render(project, views, config.detectors[0], [detector.shape for detector in config.detectors])
     with shards.create(
         path,
@@ -122,6 +123,8 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
         config.detectors,
         table_removed=not config.keep_table,
         config_json=config.to_json(),
+        beam=config.beam,
+        materials=config.materials,
         nodules=None if entry.stack is None else lidc.nodules(volume.origin.series_uid, entry.stack.slices),
         **_terms(entry, config),
     ) as writer:
@@ -132,7 +135,7 @@ def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: Ren
             marks = truncated(mask, volume.voxel_from_world, batch, config.detectors[0]) if mask is not None else None
             writer.append(images, marks)
             bar.update(len(batch))
-        if saturated := writer.saturated[config.size]:
+        if saturated := writer.saturated[f"images/{config.size}"]:
             bar.write(f"{path}: {saturated} pixels are at the end of the scale, a line integral of 16", file=sys.stderr)
 
 

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrgen import __version__, attenuation, truncation
+from drrgen.beam import Beam, mono
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views, project
 from drrgen.nodules import MAX_READERS, RATINGS, AnnotatedNodule, boxes, lower_level
 from drrgen.volume import HU_CLAMP, Origin, Volume
 
 SCHEMA = "drr-sphere"
-VERSION = "1.1"
+VERSION = "1.2"
 SCALE = 1 / 4096
 
 Images = NDArray[np.uint16]
@@ -42,11 +43,14 @@ _VIEWS_ATTRIBUTES = {
     "levels": (_INT, ("L",)),
     "pixel_spacing_mm": (_REAL, ("L",)),
 }
-_LEVEL_ATTRIBUTES = {
-    **dict.fromkeys(("scale", "offset", "energy_kev", "mu_water_per_mm", "bone_factor"), (_REAL, ())),
+_IMAGE_ATTRIBUTES = {
+    **dict.fromkeys(("scale", "offset"), (_REAL, ())),
     "quantity": (_TEXT, ()),
     "saturated_count": (_INT, ()),
 }
+_BEAM_ATTRIBUTES = dict.fromkeys(("energy_kev", "mu_water_per_mm", "bone_factor"), (_REAL, ()))
+_SPECTRUM_ATTRIBUTES = {"name": (_TEXT, ()), "description": (_TEXT, ()), "kvp": (_REAL, ()), "mean_kev": (_REAL, ())}
+_SPECTRUM_DATASETS = ("energy_kev", "weight", "mu_water_per_mm", "bone_factor")
 _CT_ATTRIBUTES = {
     **dict.fromkeys(("study_uid", "series_uid", "defects", "repairs", "volume_sha256"), (_TEXT, ())),
     "spacing_mm": (_REAL, (3,)),
@@ -68,8 +72,12 @@ _NODULE_DATASETS = {
     "nodules/readers": ("uint8", ("N",)),
     **{f"nodules/ratings/{name}": ("uint8", ("N", MAX_READERS)) for name in RATINGS},
 }
+# What is stored of a view, as (images, checksums); the two materials together or not at all.
+_WHOLE, _SOFT, _BONE = ("images", "crc32"), ("images_soft", "crc32_soft"), ("images_bone", "crc32_bone")
 # Boxes are float32, and of a few thousand pixels at most where they matter: that is 0.0002 pixels.
 _BOX_TOLERANCE_PX = 1e-3
+# Shares of a spectrum may have been written with seven decimals.
+_SHARES_TOLERANCE = 1e-5
 # Source and projection follow from angles and distances; both are written in float64, by whatever order of operations.
 _GEOMETRY_TOLERANCE = 1e-6
 
@@ -81,22 +89,31 @@ def file_name(origin: Origin) -> str:
 
 
 class Writer:
-    """Appends batches of views to a shard under way; made by `create`. saturated: {size: pixels at the scale's end}."""
+    """Appends batches of views to a shard under way; made by `create`.
+
+    saturated: pixels at the scale's end by dataset, such as images/512.
+    """
 
     def __init__(self, file: h5py.File, levels: list[int]) -> None:
         self._file = file
         self._num_done = 0
-        self.saturated = dict.fromkeys(levels, 0)
+        self._kinds = _kinds(file)
+        self.saturated = {f"{images}/{size}": 0 for images, _ in self._kinds for size in levels}
 
     def append(self, images: dict[int, Images], truncated: NDArray[np.uint8] | None = None) -> None:
-        """The next views at every level, {size: [views, size, size]}, and the largest level's truncation marks."""
+        """The next views at every level, {size: [views, size, size]}, and the largest level's truncation marks.
+
+        With materials a view has three images, the whole, soft and bone: {size: [views, 3, size, size]}.
+        """
         if truncated is not None:
             self._append_marks(truncated, list(images))
         for size, batch in images.items():
             rows = slice(self._num_done, self._num_done + len(batch))
-            self._file[f"images/{size}"][rows] = batch
-            self._file[f"checks/{size}/crc32"][rows] = [_crc32(image) for image in batch]
-            self.saturated[size] += int((batch == np.iinfo(np.uint16).max).sum())
+            by_kind = batch.reshape(len(batch), len(self._kinds), size, size).swapaxes(0, 1)
+            for (folder, check), stored in zip(self._kinds, by_kind, strict=True):
+                self._file[f"{folder}/{size}"][rows] = stored
+                self._file[f"checks/{size}/{check}"][rows] = [_crc32(image) for image in stored]
+                self.saturated[f"{folder}/{size}"] += int((stored == np.iinfo(np.uint16).max).sum())
         self._num_done += len(batch)
 
     def _append_marks(self, marks: NDArray[np.uint8], levels: list[int]) -> None:
@@ -123,16 +140,22 @@ def create(
     attribution: str,
     dataset: str = "",
     nodules: list[AnnotatedNodule] | None = None,
+    beam: Beam | None = None,
+    materials: bool = False,
 ) -> Iterator[Writer]:
     """Open a shard for writing. It gets its name when the block ends well, complete and checked, or never.
 
     detectors: one per level, the largest first. nodules: [] where readers found none, None where nothing is known;
-    the same for a `dataset` of no name.
+    the same for a `dataset` of no name. beam: None for one of 60 keV. materials: whether soft and bone images follow.
     """
+    beam = mono(attenuation.ENERGY_KEV) if beam is None else beam
     temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         with h5py.File(temporary, "w") as file:
             _describe(file, volume, views, detectors, table_removed)
+            for kind in (_WHOLE, _SOFT, _BONE) if materials else (_WHOLE,):
+                _make_room(file, kind, len(views), detectors)
+            _describe_beam(file, beam, [detector.shape for detector in detectors])
             if nodules is not None:
                 _describe_nodules(file, nodules, views, detectors)
             if dataset:
@@ -150,8 +173,8 @@ def create(
             )
             writer = Writer(file, [detector.shape for detector in detectors])
             yield writer
-            for size, count in writer.saturated.items():
-                file[f"images/{size}"].attrs["saturated_count"] = count
+            for images, count in writer.saturated.items():
+                file[images].attrs["saturated_count"] = count
             file.attrs["complete"] = True
         if found := violations(temporary):
             raise OSError(f"{path}: what was written is not what was meant: {found[0]}")
@@ -177,27 +200,6 @@ def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Det
         levels=[detector.shape for detector in detectors],
         pixel_spacing_mm=[detector.pixel_mm for detector in detectors],
     )
-    for detector in detectors:
-        size = detector.shape
-        images = file.create_dataset(
-            f"images/{size}",
-            (len(views), size, size),
-            np.uint16,
-            chunks=(1, size, size),
-            shuffle=True,
-            compression="gzip",
-            compression_opts=1,
-        )
-        images.attrs.update(
-            scale=SCALE,
-            offset=0.0,
-            quantity="line integral",
-            saturated_count=0,
-            energy_kev=attenuation.ENERGY_KEV,
-            mu_water_per_mm=attenuation.MU_WATER_PER_MM,
-            bone_factor=attenuation.BONE_FACTOR,
-        )
-        file.create_dataset(f"checks/{size}/crc32", (len(views),), np.uint32)
     origin = volume.origin
     known = dict(
         study_uid=origin.study_uid,
@@ -216,6 +218,31 @@ def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Det
         volume_sha256=hashlib.sha256(np.ascontiguousarray(volume.hu, "<i2").data).hexdigest(),
     )
     file.create_group("ct").attrs.update({name: value for name, value in known.items() if value is not None})
+
+
+def _make_room(file: h5py.File, kind: tuple[str, str], num_views: int, detectors: list[Detector]) -> None:
+    for detector in detectors:
+        size = detector.shape
+        options = dict(chunks=(1, size, size), shuffle=True, compression="gzip", compression_opts=1)
+        images = file.create_dataset(f"{kind[0]}/{size}", (num_views, size, size), np.uint16, **options)
+        images.attrs.update(scale=SCALE, offset=0.0, quantity="line integral", saturated_count=0)
+        file.create_dataset(f"checks/{size}/{kind[1]}", (num_views,), np.uint32)
+
+
+def _describe_beam(file: h5py.File, beam: Beam, levels: list[int]) -> None:
+    energy_kev = beam.equivalent_kev
+    for size in levels:
+        file[f"images/{size}"].attrs.update(
+            energy_kev=energy_kev,
+            mu_water_per_mm=float(attenuation.water_per_mm(energy_kev)),
+            bone_factor=float(attenuation.bone_factor(energy_kev)),
+        )
+    if beam.is_spectrum:
+        group = file.create_group("spectrum")
+        group.attrs.update(name=beam.name, description=beam.description, kvp=beam.kvp, mean_kev=beam.mean_kev)
+        lines = (beam.energy_kev, beam.weight, beam.water_per_mm, beam.bone_factor)
+        for name, values in zip(_SPECTRUM_DATASETS, lines, strict=True):
+            group[name] = values
 
 
 def _describe_nodules(
@@ -255,14 +282,18 @@ class Shard:
         self.ct_shape = tuple(int(side) for side in ct.get("shape", ()))
         self.defects = json.loads(ct.get("defects", "[]"))
         self.has_nodules = "nodules" in self._file
+        self.has_materials = _SOFT[0] in self._file
 
     def __len__(self) -> int:
         return len(self.azimuth_deg)
 
-    def line_integrals(self, size: int, view: int) -> NDArray[np.float32]:
-        """One image of one level, [row, column]. Raises InputError where its bytes are damaged."""
+    def line_integrals(self, size: int, view: int, images: str = "images") -> NDArray[np.float32]:
+        """One image of one level, [row, column]. Raises InputError where its bytes are damaged.
+
+        images: where the shard has materials, images_soft or images_bone, too.
+        """
         try:
-            return (self._file[f"images/{size}"][view] * SCALE).astype(np.float32)
+            return (self._file[f"{images}/{size}"][view] * SCALE).astype(np.float32)
         except OSError as error:
             raise InputError(f"{self.path}: view {view} of level {size} is damaged: render it again") from error
 
@@ -325,14 +356,19 @@ def _structure(file: h5py.File) -> Iterator[str]:
         return
     datasets = dict(_VIEWS_DATASETS)
     for size in levels:
-        datasets[f"images/{size}"] = ("uint16", ("V", size, size))
-        datasets[f"checks/{size}/crc32"] = ("uint32", ("V",))
+        for images, check in _kinds(file):
+            datasets[f"{images}/{size}"] = ("uint16", ("V", size, size))
+            datasets[f"checks/{size}/{check}"] = ("uint32", ("V",))
     wrong = [line for path, what in datasets.items() for line in _wrong_dataset(file, path, *what, {"V": num_views})]
     yield from wrong
     if wrong:
         return
     for size in levels:
-        yield from _wrong_level(file[f"images/{size}"])
+        yield from _wrong_attributes(file[f"images/{size}"], _BEAM_ATTRIBUTES)
+        for images, _ in _kinds(file):
+            yield from _wrong_level(file[f"{images}/{size}"])
+    if "spectrum" in file:
+        yield from _wrong_spectrum(file)
     yield from _wrong_geometry(file, levels)
     yield from _wrong_nodules(file, levels, num_views)
     for size in levels:
@@ -385,12 +421,26 @@ def _wrong_values(file: h5py.File) -> Iterator[str]:
 
 
 def _wrong_level(images: h5py.Dataset) -> Iterator[str]:
-    wrong = list(_wrong_attributes(images, _LEVEL_ATTRIBUTES))
+    wrong = list(_wrong_attributes(images, _IMAGE_ATTRIBUTES))
     yield from wrong
     if not wrong:
         said = tuple(images.attrs[name] for name in ("quantity", "scale", "offset"))
         if said != ("line integral", SCALE, 0.0):
             yield f"{images.name}: quantity, scale, offset are {said} instead of ('line integral', 1/4096, 0)"
+
+
+def _wrong_spectrum(file: h5py.File) -> Iterator[str]:
+    yield from _wrong_attributes(file["spectrum"], _SPECTRUM_ATTRIBUTES)
+    sizes = {"K": np.size(file.get("spectrum/weight", ()))}
+    paths = [f"spectrum/{name}" for name in _SPECTRUM_DATASETS]
+    wrong = [line for path in paths for line in _wrong_dataset(file, path, "float64", ("K",), sizes)]
+    yield from wrong
+    if not wrong:
+        energy_kev, weight, *attenuates = (file[path][:] for path in paths)
+        if not (np.diff(energy_kev, prepend=0) > 0).all() or not all((each > 0).all() for each in attenuates):
+            yield "spectrum: energies are not positive and ascending, or attenuation is not positive"
+        if not ((weight > 0).all() and abs(weight.sum() - 1) <= _SHARES_TOLERANCE):
+            yield "spectrum/weight: not shares that add up to 1"
 
 
 def _wrong_geometry(file: h5py.File, levels: list[int]) -> Iterator[str]:
@@ -452,15 +502,21 @@ def _wrong_boxes(file: h5py.File, levels: list[int]) -> Iterator[str]:
 def _wrong_images(file: h5py.File) -> Iterator[str]:
     levels = [int(size) for size in file["views"].attrs["levels"]]
     for view in range(len(file["views/azimuth_deg"])):
-        larger = None
         yield from _wrong_marks(file, levels, view)
-        for size in levels:
-            image = file[f"images/{size}"][view]
-            if _crc32(image) != file[f"checks/{size}/crc32"][view]:
-                yield f"images/{size}: view {view} does not match its CRC-32"
-            elif larger is not None and not np.array_equal(image, halved(larger)):
-                yield f"images/{size}: view {view} is not the box average of the next larger level"
-            larger = image
+        for images, check in _kinds(file):
+            larger = None
+            for size in levels:
+                image = file[f"{images}/{size}"][view]
+                if _crc32(image) != file[f"checks/{size}/{check}"][view]:
+                    yield f"{images}/{size}: view {view} does not match its CRC-32"
+                elif larger is not None and not np.array_equal(image, halved(larger)):
+                    yield f"{images}/{size}: view {view} is not the box average of the next larger level"
+                larger = image
+        if _SOFT in _kinds(file):
+            whole, soft, bone = (file[f"{images}/{levels[0]}"][view].astype(np.int32) for images, _ in _kinds(file))
+            # each is rounded by half a step at most
+            if (np.abs(whole - soft - bone) > 1)[whole < np.iinfo(np.uint16).max].any():
+                yield f"images_soft/{levels[0]}: view {view} and its bone image do not add up to the whole"
 
 
 def _wrong_marks(file: h5py.File, levels: list[int], view: int) -> Iterator[str]:
@@ -473,6 +529,11 @@ def _wrong_marks(file: h5py.File, levels: list[int], view: int) -> Iterator[str]
             elif larger is not None and not np.array_equal(marks, truncation.halved(larger)):
                 yield f"truncation/{size}: view {view} does not mark what the next larger level marks"
             larger = marks
+
+
+def _kinds(file: h5py.File) -> tuple[tuple[str, str], ...]:
+    """What the file has of each view: the whole, or the whole and both materials."""
+    return (_WHOLE, _SOFT, _BONE) if _SOFT[0] in file or _BONE[0] in file else (_WHOLE,)
 
 
 def halved(images: Images) -> Images:

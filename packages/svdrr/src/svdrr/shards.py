@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from svdrr.errors import InputError
 
 SCHEMA = "drr-sphere"
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 
 @dataclass(frozen=True)
