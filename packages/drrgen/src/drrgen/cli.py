@@ -89,7 +89,7 @@ def render(
     azimuth: Annotated[str, typer.Option(help="Keep only azimuths low:high, in degrees.")] = "-180:180",
     elevation: Annotated[str, typer.Option(help="Keep only elevations low:high, in degrees.")] = "-90:90",
     geometry: Annotated[str, typer.Option(help="chest, portable, carm or lidc-idri-drr.")] = "chest",
-    projector: Annotated[str, typer.Option(help="auto, cpu or siddon (the slow reference).")] = "auto",
+    projector: Annotated[str, typer.Option(help="auto, cpu, cuda or siddon (the slow reference).")] = "auto",
     keep_table: Annotated[bool, typer.Option("--keep-table", help="Do not remove what lies outside the body.")] = False,
     on_defect: Annotated[str, typer.Option(help="Series with defects: reject or, where possible, repair.")] = "reject",
     dataset_name: Annotated[str | None, typer.Option(help="Name of the data set, for the shards.")] = None,

@@ -2,8 +2,8 @@
 
 Joseph 1982 (doi 10.1109/TMI.1982.4307572): a ray is sampled where it crosses the slices of the axis along which it
 crosses most, bilinearly within each. One program marches the central rays of a tile of pixels of one view. Where a ray
-runs is worked out in float64, once per ray; the march itself is float32, in coordinates whose origin is the middle of
-the volume, where float32 is finest.
+runs is worked out in float64, once per ray; the march itself is float32, counted from the voxel that the ray meets in
+the middle of the volume.
 
 With TRITON_INTERPRET=1 in the environment the kernel runs on the CPU, slowly: that is how it is tested without a GPU.
 """
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Float, Views
+from drrgen.projectors import StoringProject
 
 try:
     import torch
@@ -35,8 +36,8 @@ _LAUNCH_PIXELS = 1 << 22
 # Zeros around the box of voxels that are not 0: one voxel for the border in which attenuation falls to 0, one more for
 # what rounding reads beyond it.
 _PAD = 2
-# Voxels are indexed with 32 bits.
-_MAX_VOXELS = 2**31 - 1
+# Voxels are indexed with 32 bits, from an origin that may lie outside the box.
+_MAX_VOXELS = 2**30
 
 
 def has_device() -> bool:
@@ -56,7 +57,7 @@ def require_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> "_Rays":
+def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> StoringProject:
     """Signature, shapes and units: `drrgen.projectors`; mu of any sign, but finite, or it raises InputError.
 
     The ray is the one through the pixel's centre. Outside the volume attenuation is 0, reached linearly one voxel
@@ -116,7 +117,7 @@ class _Rays:
             cast = torch.empty((len(part), shape, shape), dtype=torch.float32, device=self._device)
             _march_tiles[(tiles * len(part),)](
                 self._layouts, part, cast, shape, views.sdd_mm, detector.pixel_mm, *self._low, *self._count,
-                ROWS=_ROWS, COLUMNS=_COLUMNS, PAD=_PAD, num_warps=_WARPS,
+                ROWS=_ROWS, COLUMNS=_COLUMNS, PAD=_PAD, num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             yield cast
 
@@ -171,15 +172,17 @@ _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
 # Rays are clipped a little outside the zero border, so that rounding drops nothing.
 _REACH = tl.constexpr(1.25)
+# Samples are summed by so many, and then their sums: equal samples, as in a phantom, all round to the same side.
+_TOGETHER = tl.constexpr(32)
 
 _SIZES = ["shape", "low_x", "low_y", "low_z", "count_x", "count_y", "count_z"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _march_tiles(
+def _march_tiles(  # type: ignore[no-untyped-def]
     layouts, rays, out, shape, sdd_mm, pixel_mm, low_x, low_y, low_z, count_x, count_y, count_z,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAD: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels of one view.
 
     layouts: the box of counts and zeros around it, as [z, y, x] and then [z, x, y]; its first voxel that is not
@@ -217,35 +220,30 @@ def _march_tiles(
     source_y -= low_y + count_y // 2
     source_z -= low_z + count_z // 2
     source_main = tl.where(is_y, source_y, tl.where(is_x, source_x, source_z))
-    slope_b, slope_c = d_b / d_main, d_c / d_main
-    at_b = (tl.where(b_is_y, source_y, source_x) - source_main * slope_b).to(tl.float32)
-    at_c = (tl.where(c_is_x, source_x, tl.where(c_is_y, source_y, source_z)) - source_main * slope_c).to(tl.float32)
-    slope_b, slope_c = slope_b.to(tl.float32), slope_c.to(tl.float32)
-
+    source_b = tl.where(b_is_y, source_y, source_x)
+    source_c = tl.where(c_is_x, source_x, tl.where(c_is_y, source_y, source_z))
     count_main = tl.where(is_y, count_y, tl.where(is_x, count_x, count_z))
     count_b = tl.where(b_is_y, count_y, count_x)
     count_c = tl.where(c_is_x, count_x, tl.where(c_is_y, count_y, count_z))
+
     # slices of the box that lie before the source, and of these the ones that the ray crosses within its box
-    is_ahead = d_main > 0
     low = -(count_main // 2).to(tl.float64)
-    high = low + count_main - 1
-    low = tl.where(is_ahead, tl.maximum(low, tl.ceil(source_main)), low).to(tl.float32)
-    high = tl.where(is_ahead, high, tl.minimum(high, tl.floor(source_main))).to(tl.float32)
-    beyond = high + 1
-    low, high = _clip(low, high, at_b, slope_b, count_b)
-    low, high = _clip(low, high, at_c, slope_c, count_c)
+    high = low + (count_main - 1)
+    low = tl.where(d_main > 0, tl.maximum(low, tl.ceil(source_main)), low).to(tl.float32)
+    high = tl.where(d_main > 0, high, tl.minimum(high, tl.floor(source_main))).to(tl.float32)
+    slope_b, origin_b, at_b, low, high = _line(source_main, source_b, d_b / d_main, count_b, low, high)
+    slope_c, origin_c, at_c, low, high = _line(source_main, source_c, d_c / d_main, count_c, low, high)
     is_hit = is_pixel & (low <= high)
-    far = 1 << 30
-    low = tl.where(is_hit, tl.ceil(tl.minimum(low, beyond)), far).to(tl.int32)
-    high = tl.where(is_hit, tl.floor(high), -far).to(tl.int32)
+    low, high = tl.where(is_hit, tl.ceil(low), 1e9).to(tl.int32), tl.where(is_hit, tl.floor(high), -1e9).to(tl.int32)
 
     width_x, width_y, width_z = count_x + 2 * PAD, count_y + 2 * PAD, count_z + 2 * PAD
     width_b = tl.where(b_is_y, width_y, width_x)
     plane = width_x * width_y
     stride_main = tl.where(is_z, plane, width_b)
     stride_c = tl.where(is_z, width_b, plane)
-    middle = (count_main // 2 + PAD) * stride_main + (count_c // 2 + PAD) * stride_c + count_b // 2 + PAD
-    voxels = layouts + tl.where(b_is_y, plane.to(tl.int64) * width_z, 0) + middle
+    voxels = layouts + tl.where(b_is_y, plane.to(tl.int64) * width_z, 0)
+    voxels += (count_main // 2 + PAD) * stride_main
+    voxels += (count_c // 2 + PAD + origin_c).to(tl.int64) * stride_c + (count_b // 2 + PAD + origin_b)
 
     # slices that all rays of the tile cross need no mask: almost all
     first, last = tl.min(low), tl.max(high)
@@ -253,9 +251,10 @@ def _march_tiles(
     if first_shared > last_shared:
         first_shared, last_shared = last + 1, last
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    total = _march(total, first, first_shared - 1, low, high, voxels, stride_main, stride_c, at_b, slope_b, at_c, slope_c, True)  # fmt: skip
-    total = _march(total, first_shared, last_shared, low, high, voxels, stride_main, stride_c, at_b, slope_b, at_c, slope_c, False)  # fmt: skip
-    total = _march(total, last_shared + 1, last, low, high, voxels, stride_main, stride_c, at_b, slope_b, at_c, slope_c, True)  # fmt: skip
+    ray = (low, high, voxels, stride_main, stride_c, at_b, slope_b, at_c, slope_c)
+    total = _march(total, first, first_shared - 1, ray, MASKED=True)
+    total = _march(total, first_shared, last_shared, ray, MASKED=False)
+    total = _march(total, last_shared + 1, last, ray, MASKED=True)
 
     across, down = (column - (shape - 1) / 2) * pixel_mm, (row - (shape - 1) / 2) * pixel_mm
     length_mm = tl.sqrt(sdd_mm * sdd_mm + across * across + down * down)
@@ -264,35 +263,47 @@ def _march_tiles(
 
 
 @triton.jit
-def _clip(low, high, at, slope, count):  # type: ignore[no-untyped-def]
-    """The part of [low, high] in which at + slope j lies within the zero border of `count` voxels."""
-    border = -(count // 2).to(tl.float32) - _REACH
-    slope = tl.where(tl.abs(slope) < 1e-12, 1e-12, slope)
-    one, two = (border - at) / slope, (border + (count - 1 + 2 * _REACH) - at) / slope
-    return tl.maximum(low, tl.minimum(one, two)), tl.minimum(high, tl.maximum(one, two))
+def _line(source_main, source, slope, count, low, high):  # type: ignore[no-untyped-def]
+    """Where a ray runs along b or c, which has `count` voxels: (slope, origin, at) such that in slice j it is at voxel
+    origin + at + slope j; and the part of [low, high] in which it is within the zero border.
+
+    The origin is an integer, and at less than 1: the smaller a number, the finer is float32.
+    """
+    at = source - source_main * slope
+    origin = tl.floor(at)
+    at, slope, origin = (at - origin).to(tl.float32), slope.to(tl.float32), origin.to(tl.int32)
+    border = (-(count // 2) - origin).to(tl.float32) - _REACH
+    safe = tl.where(tl.abs(slope) < 1e-12, 1e-12, slope)
+    one, two = (border - at) / safe, (border + (count - 1 + 2 * _REACH) - at) / safe
+    low, high = tl.maximum(low, tl.minimum(one, two)), tl.minimum(high, tl.maximum(one, two))
+    return slope, origin, at, low, high
 
 
 @triton.jit
-def _march(total, first, last, low, high, voxels, stride_main, stride_c, at_b, slope_b, at_c, slope_c, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _march(total, first, last, ray, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add the samples on slices first .. last; with a mask, of those rays only for which the slice is in low .. high.
 
-    voxels: pointers to the voxel in the middle of the box.
+    voxels, in `ray`: pointers to the voxel (0, origin of b, origin of c), counted from the middle of the box.
     """
-    for j in tl.range(first, last + 1, loop_unroll_factor=4):
-        b, c = at_b + slope_b * j, at_c + slope_c * j
-        rounded_b, rounded_c = (b - 0.5) + _ROUND, (c - 0.5) + _ROUND
-        weight_b, weight_c = b - (rounded_b - _ROUND), c - (rounded_c - _ROUND)
-        before_b = rounded_b.to(tl.int32, bitcast=True) - _ROUND_BITS
-        before_c = rounded_c.to(tl.int32, bitcast=True) - _ROUND_BITS
-        near = voxels + (j * stride_main + before_c * stride_c + before_b)
-        far = near + stride_c
-        if MASKED:
-            mask = (j >= low) & (j <= high)
-            v00, v10 = tl.load(near, mask, 0.0), tl.load(near + 1, mask, 0.0)
-            v01, v11 = tl.load(far, mask, 0.0), tl.load(far + 1, mask, 0.0)
-        else:
-            v00, v10, v01, v11 = tl.load(near), tl.load(near + 1), tl.load(far), tl.load(far + 1)
-        v00 += weight_b * (v10 - v00)
-        v01 += weight_b * (v11 - v01)
-        total += v00 + weight_c * (v01 - v00)
+    low, high, voxels, stride_main, stride_c, at_b, slope_b, at_c, slope_c = ray
+    for start in range(first, last + 1, _TOGETHER):
+        part = tl.zeros_like(total)
+        for j in tl.range(start, tl.minimum(start + _TOGETHER, last + 1), loop_unroll_factor=4):
+            b, c = at_b + slope_b * j, at_c + slope_c * j
+            rounded_b, rounded_c = (b - 0.5) + _ROUND, (c - 0.5) + _ROUND
+            weight_b, weight_c = b - (rounded_b - _ROUND), c - (rounded_c - _ROUND)
+            before_b = rounded_b.to(tl.int32, bitcast=True) - _ROUND_BITS
+            before_c = rounded_c.to(tl.int32, bitcast=True) - _ROUND_BITS
+            near = voxels + (j * stride_main + before_c * stride_c + before_b)
+            far = near + stride_c
+            if MASKED:
+                mask = (j >= low) & (j <= high)
+                v00, v10 = tl.load(near, mask, 0.0), tl.load(near + 1, mask, 0.0)
+                v01, v11 = tl.load(far, mask, 0.0), tl.load(far + 1, mask, 0.0)
+            else:
+                v00, v10, v01, v11 = tl.load(near), tl.load(near + 1), tl.load(far), tl.load(far + 1)
+            v00 += weight_b * (v10 - v00)
+            v01 += weight_b * (v11 - v01)
+            part += v00 + weight_c * (v01 - v00)
+        total += part
     return total
