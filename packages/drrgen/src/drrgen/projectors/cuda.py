@@ -27,15 +27,16 @@ except ModuleNotFoundError as error:
         f"--projector cuda needs {error.name}, which is not installed: pip install 'drrgen[cuda]', or --projector cpu"
     ) from error
 
-# Pixels of one tile; a warp of 32 lanes is two rows of 16 neighbours, which read neighbouring voxels.
+# Pixels of one tile, one to a lane: a warp of 32 lanes is two rows of 16 neighbours, which read neighbouring voxels.
 _ROWS, _COLUMNS = 8, 16
-_WARPS = _ROWS * _COLUMNS // 32
 # Pixels of one launch: 16 MiB of float32, some 4 ms of work at 1000 views of 1024 pixels per second. What one launch
 # made is copied while the next one runs.
 _LAUNCH_PIXELS = 1 << 22
 # Zeros around the box of voxels that are not 0: one voxel for the border in which attenuation falls to 0, one more for
 # what rounding reads beyond it.
 _PAD = 2
+_CONSTANTS = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "PAD": _PAD}
+_OPTIONS = {"num_warps": _ROWS * _COLUMNS // 32, "enable_fp_fusion": True}
 # Voxels are indexed with 32 bits, from an origin that may lie outside the box.
 _MAX_VOXELS = 2**30
 
@@ -117,7 +118,7 @@ class _Rays:
             cast = torch.empty((len(part), shape, shape), dtype=torch.float32, device=self._device)
             _march_tiles[(tiles * len(part),)](
                 self._layouts, part, cast, shape, views.sdd_mm, detector.pixel_mm, *self._low, *self._count,
-                ROWS=_ROWS, COLUMNS=_COLUMNS, PAD=_PAD, num_warps=_WARPS, enable_fp_fusion=True,
+                **_CONSTANTS, **_OPTIONS,
             )  # fmt: skip
             yield cast
 
