@@ -4,7 +4,8 @@
 CSV. Without a CT the volume is a phantom of 300 slices of 512 x 512. nanodrr 0.1.7 takes part if it is installed. All
 get the same volume, geometry and pixels. Errors are fractions of the peak of each view: to the twin, which is the
 central ray in float64, and to the mean of 4 x 4 rays over each pixel. With `--interpret` the same code runs without a
-GPU, on a few voxels and pixels: that tries the benchmark, and measures nothing.
+GPU, on a few voxels and pixels: that tries the benchmark, and its times mean nothing. `--precision` prints errors to
+the twin only, of the kernel in Triton's interpreter and of voxels of 16 bits: without a GPU, in a minute or two.
 """
 
 import argparse
@@ -43,8 +44,9 @@ def main() -> None:
     parser.add_argument("ct", nargs="?", type=Path)
     parser.add_argument("--csv", type=Path, default=Path("bench-gpu.csv"))
     parser.add_argument("--interpret", action="store_true")
+    parser.add_argument("--precision", action="store_true")
     args = parser.parse_args()
-    if args.interpret:
+    if args.interpret or args.precision:
         os.environ["TRITON_INTERPRET"] = "1"
     try:
         projectors.resolve("cuda")
@@ -57,11 +59,16 @@ def main() -> None:
     elif args.ct:
         volume = dicom.read(dicom.find_series(args.ct)[0])
         volume = volume.with_hu(body.remove_table(volume))
+    elif args.precision:
+        volume = phantom.voxelise(anatomy.thorax(0), (133, 512, 512), (0.703, 0.703, 2.5))
     else:
         volume = phantom.voxelise(anatomy.thorax(0), SHAPE, SPACING_MM)
     mu, frame = mu_per_mm(volume.hu), volume.voxel_from_world
+    if args.precision:
+        _print_precision(mu, frame, _views(volume.centre_mm, ANGLES_DEG))
+        return
     sizes, neighbours = ((16,), 2) if args.interpret else (SIZES, NEIGHBOURS)
-    device = "Triton's interpreter: no times" if args.interpret else torch.cuda.get_device_name()
+    device = "Triton's interpreter: the times mean nothing" if args.interpret else torch.cuda.get_device_name()
     print(f"{device}; torch {torch.__version__}; {' x '.join(map(str, mu.shape))} voxels\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     with args.csv.open("w", newline="") as file:
@@ -70,6 +77,22 @@ def main() -> None:
         for row in _rows(mu, frame, volume.centre_mm, sizes, neighbours):
             table.writerow(row)
             print(f"| {' | '.join(str(row.get(name, '')) for name in COLUMNS)} |", flush=True)
+
+
+def _print_precision(mu, frame, views: Views) -> None:
+    def line(name: str, images, twin, pixels: int) -> None:
+        error = np.abs(images - twin.astype(np.float64)) / twin.max(axis=(1, 2), keepdims=True)
+        print(f"| {name} | {pixels} | {np.sqrt((error**2).mean()):.1e} | {error.max():.1e} |", flush=True)
+
+    print("| | pixels | rms to twin | max to twin |\n|---|---|---|---|")
+    detector = Detector(16, SETUP.detector_mm / 16)
+    twin = joseph.project(mu, frame, views, detector)
+    line("`cuda`", projectors.get("cuda")(mu, frame)(views, detector), twin, 16)
+    detector = Detector(256, SETUP.detector_mm / 256)
+    twin = joseph.project(mu, frame, views, detector)
+    step = mu.max() / np.float32(np.iinfo(np.int16).max)
+    for name, voxels in {"int16": np.rint(mu / step) * step, "float16": mu.astype(np.float16)}.items():
+        line(f"{name} voxels", joseph.project(voxels.astype(np.float32), frame, views, detector), twin, 256)
 
 
 def _rows(mu, frame, centre_mm, sizes, neighbours):
