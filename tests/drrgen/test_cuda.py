@@ -188,7 +188,7 @@ def test_kernel_compiles_for_a_gpu_without_spilling(tmp_path: Path) -> None:
     """Ahead of time, for sm_90: what the interpreter accepts, the compiler may refuse. In a process of its own, because
     Triton has either its interpreter or its compiler.
 
-    Measured with Triton 3.9: 56 registers. With 64 a multiprocessor holds 1024 rays.
+    Measured: 48 registers with Triton 3.7, 56 with 3.9. With 64 a multiprocessor holds 1024 rays.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
