@@ -7,7 +7,7 @@ CT     ?= ../shared/data/lidc-idri-0001
 PACKAGES := packages/drrgen packages/svdrr
 SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
-.PHONY: demo test lint figures help
+.PHONY: demo test lint figures bench-gpu help
 
 demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
 	@cat demo/report.md
@@ -33,8 +33,11 @@ figures: demo/report.md  ## make the pictures and the table of the documentation
 	cp demo/demo.png docs/img/demo.png
 	$(BIN)/python docs/figures/readme.py demo/report.md README.md
 
+bench-gpu: .venv/ready  ## the cuda projector on this machine's GPU, in numbers; nanodrr too, if it is installed
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/cuda.py $(wildcard $(CT))
+
 help:  ## list these commands
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/ready: pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

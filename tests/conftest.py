@@ -1,9 +1,16 @@
 """What all tests share: where the real data lies, and a small rendered patient."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from drrgen import projectors
+
+# Without a GPU the kernel of the `cuda` projector runs in Triton's interpreter. Triton looks when it is imported.
+if projectors.resolve("auto") != "cuda":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

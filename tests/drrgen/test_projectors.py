@@ -1,5 +1,8 @@
 """Projectors against closed forms, against one another, and against the laws that line integrals obey."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,10 @@ from drrgen.errors import InputError
 from drrgen.geometry import PRESETS, Detector, Views, project
 from drrgen.projectors import slab
 
-NAMES = [pytest.param(name, id=name) for name in projectors.NAMES]
+# `cuda` where there is a GPU; in Triton's interpreter it has smaller tests of its own.
+NAMES = [
+    pytest.param(name, id=name) for name in projectors.NAMES if name != "cuda" or projectors.resolve("auto") == "cuda"
+]
 DETECTOR = Detector(shape=64, pixel_mm=432 / 64)
 # all quadrants, steep and shallow, the poles, and angles at which the main axis changes within one image
 AZIMUTH_DEG = [0.0, 30, 90, 135, 180, -90, -45, -120, 0, 60, 20, 0]
@@ -34,8 +40,8 @@ def pixel_centres(looks: Views, detector: Detector) -> np.ndarray:
 
 
 def pixels(name: str, line_integrals: Callable[[Detector], np.ndarray], detector: Detector) -> np.ndarray:
-    """What a projector calls a pixel: `cpu` the mean over its area (here of 4 x 4 rays), `siddon` its centre."""
-    if name == "siddon":
+    """What a projector calls a pixel: `cpu` the mean over its area (here of 4 x 4 rays), the others its centre."""
+    if name != "cpu":
         return line_integrals(detector)
     finer = line_integrals(Detector(4 * detector.shape, detector.pixel_mm / 4))
     return finer.reshape(-1, detector.shape, 4, detector.shape, 4).mean(axis=(2, 4))
@@ -168,7 +174,7 @@ def test_rays_that_miss_and_sources_inside(name: str) -> None:
     inside = Views(np.zeros(1), np.zeros(1), np.array([0.0, -1640.0, 0.0]), 1800.0, 1640.0)
     image = cast(mu, grid(mu.shape, (400.0, 400.0, 400.0)))(inside, Detector(shape=2, pixel_mm=1.0))
     # Joseph counts whole slices: of 400 mm
-    assert image == pytest.approx(4000 * 0.02, abs=400 * 0.02 if name == "cpu" else 1e-3)
+    assert image == pytest.approx(4000 * 0.02, abs=1e-3 if name == "siddon" else 400 * 0.02)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -343,5 +349,52 @@ def test_columns_together_are_columns_one_by_one(step: float) -> None:
 
 
 def test_unknown_projectors_are_refused_with_the_choices() -> None:
-    with pytest.raises(InputError, match="auto, cpu, siddon"):
-        projectors.resolve("cuda")
+    with pytest.raises(InputError, match="auto, cpu, cuda, siddon"):
+        projectors.resolve("opencl")
+
+
+def in_another_process(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+RENDER = "sys.argv = ['drrgen', 'render', '--ct-dir', 'none', '--dry-run', '--projector', '{}']; cli.main()"
+
+
+def test_torch_is_imported_for_cuda_only() -> None:
+    code = f"""if 1:
+        import atexit, sys
+        atexit.register(lambda: print("torch" in sys.modules or "triton" in sys.modules))
+        from drrgen import cli, run, view
+        {RENDER.format("cpu")}
+    """
+    done = in_another_process(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_cuda_without_torch_is_one_line() -> None:
+    done = in_another_process(
+        f"import sys; sys.modules['torch'] = None; from drrgen import cli; {RENDER.format('cuda')}"
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "drrgen: --projector cuda needs torch, which is not installed: pip install 'drrgen[cuda]', or --projector cpu\n"
+    )
+
+
+def test_auto_without_torch_is_cpu() -> None:
+    done = in_another_process(
+        f"import sys; sys.modules['torch'] = None; from drrgen import cli; {RENDER.format('auto')}"
+    )
+    assert '"projector": "cpu"' in done.stdout
+
+
+@pytest.mark.skipif(projectors.resolve("auto") == "cuda", reason="there is a GPU")
+def test_cuda_without_a_gpu_is_one_line() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    done = in_another_process(f"import sys; from drrgen import cli; {RENDER.format('cuda')}")
+    assert done.returncode == 2
+    assert "finds no GPU" in done.stderr
+    assert done.stderr.count("\n") == 1

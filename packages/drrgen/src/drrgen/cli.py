@@ -89,7 +89,7 @@ def render(
     azimuth: Annotated[str, typer.Option(help="Keep only azimuths low:high, in degrees.")] = "-180:180",
     elevation: Annotated[str, typer.Option(help="Keep only elevations low:high, in degrees.")] = "-90:90",
     geometry: Annotated[str, typer.Option(help="chest, portable, carm or lidc-idri-drr.")] = "chest",
-    projector: Annotated[str, typer.Option(help="auto, cpu or siddon (the slow reference).")] = "auto",
+    projector: Annotated[str, typer.Option(help="auto, cpu, cuda or siddon (the slow reference).")] = "auto",
     energy: Annotated[float | None, typer.Option(help="A beam of one energy, 10 to 150 keV. [default: 60]")] = None,
     spectrum: Annotated[
         str | None, typer.Option(help="A beam as of a tube instead: chest120, portable90 or carm80; twice the time.")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrgen.geometry import Detector, Views
-from drrgen.projectors import Project
+from drrgen.projectors import Project, StoringProject
 from drrgen.shards import SCALE, Images, halved
 
 # Pixels of float32 held at once; 16 MiB, which stay in the cache, and which the allocator keeps for the next batch.
@@ -26,7 +26,11 @@ def render(
     """
     batch = max(1, _BATCH_PIXELS // detector.shape**2)
     for start in range(0, len(views), batch):
-        line_integrals = project(views[start : start + batch], detector)
+        some = views[start : start + batch]
+        if isinstance(project, StoringProject):
+            yield project.stored(some, detector, levels, 1 / SCALE)
+            continue
+        line_integrals = project(some, detector)
         pyramid = {levels[0]: quantised(line_integrals)}
         for larger, smaller in pairwise(levels):
             pyramid[smaller] = halved(pyramid[larger])

@@ -11,8 +11,10 @@ slice). views: V cone-beam views. Result: float32 [view, row, column], dimension
 on behind the detector, through the whole volume.
 """
 
+import ctypes
 import importlib
-from typing import Protocol
+import importlib.util
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +22,28 @@ from numpy.typing import NDArray
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views
 
-NAMES = ("cpu", "siddon")
+NAMES = ("cpu", "cuda", "siddon")
 
 
 class Project(Protocol):
     """Casts views of one volume."""
 
     def __call__(self, views: Views, detector: Detector) -> NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class StoringProject(Project, Protocol):
+    """A `Project` that also makes of line integrals what is stored, where they are: only that need be copied."""
+
+    def stored(
+        self, views: Views, detector: Detector, levels: list[int], steps_per_unit: float
+    ) -> dict[int, NDArray[np.uint16]]:
+        """{size: images [view, size, size]}: `drrgen.render.quantised`, then `drrgen.shards.halved`, to the bit.
+
+        levels: sizes from the detector's shape down, each half of the one before. steps_per_unit: stored steps to a
+        line integral of 1.
+        """
+        ...
 
 
 class Projector(Protocol):
@@ -36,12 +53,25 @@ class Projector(Protocol):
 
 
 def resolve(name: str) -> str:
-    """`auto` becomes the fastest projector of this machine; another name stays, if there is such a projector."""
+    """`auto` becomes the fastest projector of this machine; another name stays, if that projector can run here."""
     if name == "auto":
-        return "cpu"
+        return "cuda" if _has_gpu() else "cpu"
     if name not in NAMES:
         raise InputError(f"--projector {name!r} does not exist: choose one of auto, {', '.join(NAMES)}")
+    if name == "cuda":
+        importlib.import_module("drrgen.projectors.cuda").require_device()
     return name
+
+
+def _has_gpu() -> bool:
+    """Whether `cuda` runs here. To import torch takes seconds, so NVIDIA's driver is looked for first."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "triton")):
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return bool(importlib.import_module("drrgen.projectors.cuda").has_device())
 
 
 def get(name: str) -> Projector:
