@@ -131,7 +131,6 @@ def plastimatch(mu: Image, world_from_voxel: Float, threads: int, algorithm: str
                 images.append(10 * pixels.reshape(detector.shape, -1)[:, ::-1])
             return seconds, np.array(images)
 
-        run.folder = folder  # type: ignore[attr-defined]  # it is removed with the last one who holds it
         return run
 
     return plan

@@ -257,7 +257,7 @@ def measure_smooth(threads: int) -> Iterator[Smooth]:
         mu = blobs.voxelise(drawn, shape, spacing_mm)
         views = look(mu, world_from_voxel, ANGLES_DEG)
         truth = truth or blobs.line_integrals(drawn, views, detector)
-        voxel_mm = " x ".join(f"{step:.2g}" for step in spacing_mm)
+        voxel_mm = " x ".join(f"{step:.3g}" for step in spacing_mm)
         chosen = PROJECTORS if finer == 1 else ("`cpu`", "central ray", "RTK Joseph")
         plans, missing = _prepare(mu, world_from_voxel, threads, chosen)
         for name in chosen:
