@@ -11,6 +11,7 @@ without one a phantom of a chest CT's shape. `--only` runs parts of it:
 
 import argparse
 import csv
+import itertools
 import math
 import os
 import subprocess
@@ -43,6 +44,7 @@ NEIGHBOURS = 16
 ONE_S, MANY_S = 3.0, 7.0
 # A projector that needs longer for a view is not waited for.
 VIEW_S = 20.0
+SLOW = f"not run: over {VIEW_S:.0f} s a view"
 # Voxels of the smooth phantom, of the same box: twice as large, the CT's, and 1.4 times smaller.
 FINER = (0.5, 1.0, 1.4)
 
@@ -209,36 +211,36 @@ def look(mu: peers.Image, world_from_voxel: Float, angles_deg) -> Views:
 def measure_views(mu: peers.Image, world_from_voxel: Float, threads: int, sizes) -> Iterator[Measured]:
     plans, missing = _prepare(mu, world_from_voxel, threads)
     voxel_from_world = np.linalg.inv(world_from_voxel)
-    last_s: dict[tuple[str, tuple[int, int]], float] = {}
+    one = {angles: look(mu, world_from_voxel, [angles]) for angles in ANGLES_DEG}
+    near = {
+        (azimuth, elevation): look(mu, world_from_voxel, [(azimuth + 5 * i, elevation) for i in range(NEIGHBOURS)])
+        for azimuth, elevation in ANGLES_DEG
+    }
+    crossings = {1: _crossings(mu, voxel_from_world, one), NEIGHBOURS: _crossings(mu, voxel_from_world, near)}
+    pixel_s: dict = {}
     progress = tqdm(total=len(sizes) * len(ANGLES_DEG) * len(PROJECTORS), unit="run", disable=None)
-    for size in sorted(sizes):
+    for size, angles in itertools.product(sorted(sizes), ANGLES_DEG):
         detector = Detector(size, SETUP.detector_mm / size)
-        for azimuth_deg, elevation_deg in ANGLES_DEG:
-            here = size, azimuth_deg, elevation_deg
-            view = look(mu, world_from_voxel, [(azimuth_deg, elevation_deg)])
-            near = look(mu, world_from_voxel, [(azimuth_deg + 5 * i, elevation_deg) for i in range(NEIGHBOURS)])
-            progress.set_description(f"{size} px ({azimuth_deg}, {elevation_deg}) truth")
-            truth = joseph.over_area(mu, voxel_from_world, view, detector)
-            samples = _crossings(mu, voxel_from_world, view) * size**2
-            for name in PROJECTORS:
-                progress.set_description(f"{size} px ({azimuth_deg}, {elevation_deg}) {name}")
-                seen = last_s.get((name, (azimuth_deg, elevation_deg)), 0.0)
-                if name in missing or 4 * seen > VIEW_S:
-                    note = missing.get(name) or f"not run: over {VIEW_S:.0f} s a view"
-                    last_s[name, (azimuth_deg, elevation_deg)] = math.inf if name in missing else 4 * seen
-                    yield Measured(*here, name, math.nan, 0, *[math.nan] * 5, note)
-                    progress.update()
-                    continue
-                one_s, image = _best(plans[name](view, detector), ONE_S)
-                last_s[name, (azimuth_deg, elevation_deg)] = 0.0 if math.isnan(one_s) else one_s
+        progress.set_description(f"{size} px {angles} truth")
+        area = joseph.over_area(mu, voxel_from_world, one[angles], detector)
+        for name in PROJECTORS:
+            progress.set_description(f"{size} px {angles} {name}")
+            # as long per pixel as at the size before
+            too_slow = size**2 * pixel_s.get((name, angles), 0.0) > VIEW_S
+            if name in missing or too_slow:
+                note = missing.get(name, SLOW)
+                yield Measured(size, *angles, name, math.nan, 0, *[math.nan] * 5, note)
+            else:
+                one_s, image = _best(plans[name](one[angles], detector), ONE_S)
+                pixel_s[name, angles] = one_s / size**2
                 if name == "central ray":
                     rays = image
                 many, many_s = 1, one_s
                 if name in MANY:
-                    many, many_s = NEIGHBOURS, _best(plans[name](near, detector), MANY_S)[0] / NEIGHBOURS
-                speed = 1e3 * one_s, many, 1 / many_s, 1e-6 * samples / many_s
-                yield Measured(*here, name, *speed, *_error(image, truth), _error(image, rays)[0])
-                progress.update()
+                    many, many_s = NEIGHBOURS, _best(plans[name](near[angles], detector), MANY_S)[0]
+                speed = 1e3 * one_s, many, many / many_s, 1e-6 * crossings[many][angles] * many * size**2 / many_s
+                yield Measured(size, *angles, name, *speed, *_error(image, area), _error(image, rays)[0])
+            progress.update()
     progress.close()
 
 
@@ -265,7 +267,7 @@ def measure_smooth(threads: int) -> Iterator[Smooth]:
             note = missing.get(name, "")
             if not note:
                 quick_s = _best(plans[name](views[:1], Detector(128, SETUP.detector_mm / 128)), repeat_s=0)[0]
-                note = f"not run: over {VIEW_S:.0f} s a view" if 16 * quick_s > VIEW_S else ""
+                note = SLOW if 16 * quick_s > VIEW_S else ""
             if note:
                 yield Smooth(voxel_mm, name, *[math.nan] * 4, note)
             else:
@@ -343,20 +345,25 @@ def _best(run, repeat_s: float) -> tuple[float, peers.Image]:
     return min(seconds), image
 
 
-def _crossings(mu: peers.Image, voxel_from_world: Float, view: Views) -> float:
+def _crossings(mu: peers.Image, voxel_from_world: Float, looks: dict) -> dict:
     """Slices that a pixel's ray crosses within the volume, on average: the samples that Joseph's method takes on it.
 
     The length within the volume is Joseph's integral over ones; a ray crosses so many slices per mm as it has voxels
-    along the axis in which it crosses most.
+    along the axis in which it crosses most. The average is over 128 x 128 rays of each view.
     """
-    detector = Detector(256, SETUP.detector_mm / 256)
-    length_mm = joseph.project(np.ones_like(mu), voxel_from_world, view, detector)[0]
-    source, first, column_step, row_step = (part[0] for part in view.rays(detector, voxel_from_world))
+    detector = Detector(128, SETUP.detector_mm / 128)
     index = np.arange(detector.shape)
-    ray = first + index[:, None] * column_step + index[:, None, None] * row_step - source
     offset = (index - (detector.shape - 1) / 2) * detector.pixel_mm
-    ray_mm = np.sqrt(view.sdd_mm**2 + offset[:, None] ** 2 + offset**2)
-    return float((length_mm * np.abs(ray).max(axis=2) / ray_mm).mean())
+    ray_mm = np.sqrt(SETUP.sdd_mm**2 + offset[:, None] ** 2 + offset**2)
+    ones = np.ones_like(mu)
+    found = {}
+    for angles, views in looks.items():
+        length_mm = joseph.project(ones, voxel_from_world, views, detector)
+        rays = (part[:, None, None] for part in views.rays(detector, voxel_from_world))
+        source, first, column_step, row_step = rays
+        ray = first + index[:, None] * column_step + index[:, None, None] * row_step - source
+        found[angles] = float((length_mm * np.abs(ray).max(axis=3) / ray_mm).mean())
+    return found
 
 
 def _error(image, truth) -> tuple[float, float]:

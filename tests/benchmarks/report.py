@@ -183,4 +183,4 @@ def _ms(value: float) -> str:
 
 
 def _error(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1e}"
+    return "-" if math.isnan(value) else f"{value:.2e}"
