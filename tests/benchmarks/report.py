@@ -137,7 +137,9 @@ def plot(rows, path: Path) -> None:
     from matplotlib import pyplot
 
     sizes = list(dict.fromkeys(row.size for row in rows))
-    figure, panels = pyplot.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 4.6), sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(sizes), figsize=(4.2 * len(sizes), 4.6), sharex=True, sharey=True, squeeze=False
+    )
     for size, panel in zip(sizes, panels[0], strict=True):
         here = [row for row in rows if row.size == size]
         rays = [row.rms for row in here if row.projector == "central ray"]
@@ -146,7 +148,9 @@ def plot(rows, path: Path) -> None:
             points = np.array([(1e3 / row.many_per_s, row.rms) for row in here if row.projector == name])
             if len(points) and np.isfinite(points).any():
                 label = name.replace("`cpu`", "drrgen cpu").replace("`siddon`", "drrgen siddon")
-                panel.loglog(*points.T, marker, color=colour, markersize=7, markeredgecolor="white", label=label)
+                panel.loglog(
+                    *points.T, marker, color=colour, markersize=8, markeredgecolor="white", mew=0.5, label=label
+                )
         panel.set(title=f"{size} x {size} pixels", xlabel="ms a view, of many")
         panel.grid(which="major", color="0.85", linewidth=0.6)
         panel.set_axisbelow(True)
