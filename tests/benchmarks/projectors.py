@@ -154,7 +154,7 @@ def main() -> None:
         else:
             rows = _written(args.out, part, measure_views(mu, world_from_voxel, args.threads, args.sizes))
             report.plot(rows, args.out / "benchmarks.png")
-            text = f"{name}.\n\n{report.views_tables(rows)}"
+            text = f"{report.PICTURE}\n\n{name}.\n\n{report.views_tables(rows)}"
         text = f"{report.machine(args.threads)}\n\n{text}"
         print(f"\n## {part}\n\n{text}", flush=True)
         if args.document:
