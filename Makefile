@@ -7,7 +7,7 @@ CT     ?= ../shared/data/lidc-idri-0001
 PACKAGES := packages/drrgen packages/svdrr
 SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
-.PHONY: demo test lint figures bench-gpu help
+.PHONY: demo test lint figures bench bench-gpu help
 
 demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
 	@cat demo/report.md
@@ -33,6 +33,10 @@ figures: demo/report.md  ## make the pictures and the table of the documentation
 	cp demo/demo.png docs/img/demo.png
 	$(BIN)/python docs/figures/readme.py demo/report.md README.md
 
+bench: .venv-bench/ready  ## time and error of the projectors beside RTK, plastimatch, nanodrr, DiffDRR (own venv, 25 minutes)
+	.venv-bench/bin/python -m tests.benchmarks.projectors $(CT) --out bench --document docs/benchmarks.md
+	cp bench/benchmarks.png docs/img/benchmarks.png
+
 bench-gpu: .venv/ready  ## the cuda projector on this machine's GPU, in numbers; nanodrr too, if it is installed
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/cuda.py $(wildcard $(CT))
 
@@ -44,4 +48,13 @@ help:  ## list these commands
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev $(PACKAGES:%=--editable %)
+	@touch $@
+
+# what is compared with is no part of the development venv; what cannot be installed is left out of the tables
+.venv-bench/ready: constraints.txt tests/benchmarks/peers.txt packages/drrgen/pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt matplotlib --editable packages/drrgen
+	@grep -v '^#' tests/benchmarks/peers.txt | while read -r peer; do \
+	  .venv-bench/bin/python -m pip install --quiet --constraint constraints.txt $$peer || echo "not installed: $$peer"; done
 	@touch $@

@@ -1,10 +1,10 @@
-"""The twin of the `cpu` projector: Joseph's method ray by ray in float64, and a pixel's area as many rays."""
+"""The twin of the `cpu` projector: Joseph ray by ray in float64, its transpose, and a pixel's area as many rays."""
 
 import math
 
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from drrgen.geometry import Detector, Views
 
@@ -101,3 +101,34 @@ def _clip(low, high, at_zero, slope, count):  # type: ignore[no-untyped-def]
         return (low, high) if first <= at_zero <= last else (1.0, 0.0)
     enter, leave = (first - at_zero) / slope, (last - at_zero) / slope
     return max(low, min(enter, leave)), min(high, max(enter, leave))
+
+
+def back_project(
+    images: ArrayLike,
+    shape: tuple[int, int, int],
+    voxel_from_world: NDArray[np.float64],
+    views: Views,
+    detector: Detector,
+) -> NDArray[np.float64]:
+    """The transpose of `project`, written without it: each pixel is spread over the voxels that its ray reads.
+
+    A voxel is read with the weight of a hat, 1 at its centre and 0 at its neighbours', in each direction within the
+    slice. images: [view, row, column]; result: [slice, row, column]. For tiny volumes: plain Python.
+    """
+    back = np.zeros(shape[::-1])
+    offset_mm = (np.arange(detector.shape) - (detector.shape - 1) / 2) * detector.pixel_mm
+    rays = zip(*views.rays(detector, voxel_from_world), strict=True)
+    for image, (source, first, column_step, row_step) in zip(np.asarray(images), rays, strict=True):
+        for (row, column), value in np.ndenumerate(image):
+            ray = first + column * column_step + row * row_step - source
+            main = int(np.argmax(np.abs(ray)))
+            others = [axis for axis in range(3) if axis != main]
+            ray_mm = math.hypot(views.sdd_mm, offset_mm[row], offset_mm[column])
+            slices = np.moveaxis(back, main, 0)
+            for plane in range(len(slices)):
+                along = (plane - source[main]) / ray[main]
+                if along >= 0:
+                    at = source + along * ray
+                    hats = [np.maximum(0, 1 - np.abs(np.arange(back.shape[axis]) - at[axis])) for axis in others]
+                    slices[plane] += value * ray_mm / abs(ray[main]) * np.outer(*hats)
+    return back.transpose()

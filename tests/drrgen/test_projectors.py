@@ -398,3 +398,153 @@ def test_cuda_without_a_gpu_is_one_line() -> None:
     assert done.returncode == 2
     assert "finds no GPU" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+WITH_TWIN = [*NAMES, pytest.param("joseph", id="joseph")]
+
+
+def caster(name: str, mu: np.ndarray, frame: np.ndarray) -> Callable[[Views, Detector], np.ndarray]:
+    """A projector, or the twin, made ready for a volume."""
+    if name == "joseph":
+        return lambda looks, detector: joseph.project(mu, frame, looks, detector)
+    return projectors.get(name)(mu, frame)
+
+
+@pytest.mark.parametrize("name", WITH_TWIN)
+def test_a_ray_is_the_same_backwards(name: str) -> None:
+    """Source and detector change places. A cone has one ray that stays: the central one, here of 72 views.
+
+    The volume lies wholly between them, so that it does not matter that rays run on behind the detector.
+    """
+    rng = np.random.default_rng(6)
+    mu = rng.uniform(0, 0.03, (10, 12, 14)).astype(np.float32)
+    frame = grid(mu.shape, (6.0, 7.0, 8.0))
+    cast, one_pixel = caster(name, mu, frame), Detector(1, 0.01)
+    azimuth_deg, elevation_deg = rng.uniform(-180, 180, 24), rng.uniform(-90, 90, 24)
+    for isocentre_mm in ([0.0, 0, 0], [11.0, -8, 5], [-30.0, 20, 10]):
+        there = Views(azimuth_deg, elevation_deg, np.array(isocentre_mm), 500.0, 300.0)
+        back = Views(azimuth_deg + 180, -elevation_deg, np.array(isocentre_mm), 500.0, 200.0)
+        assert back.source_mm == pytest.approx(there.detector_mm)
+        onward, backward = cast(there, one_pixel), cast(back, one_pixel)
+        assert onward.max() > 1
+        # float32. The planes of `cpu` lie elsewhere and so do their grids, which blur over a pixel: 1/600 of a voxel
+        assert np.allclose(onward, backward, rtol=1e-5 if name == "cpu" else 1e-6, atol=1e-6)
+
+
+def tiny() -> tuple[tuple[int, int, int], np.ndarray, Views, Detector]:
+    """Every main axis, a ray from within the volume's shadow to beyond it; no ray at exactly 45 degrees."""
+    shape = (4, 5, 6)
+    return (
+        shape,
+        grid(shape, (9.0, 8.0, 7.0)),
+        views((1.0, 2, 3), [3.0, 100, 40, 200], [2.0, -10, 30, 75]),
+        Detector(7, 11.0),
+    )
+
+
+def matrix(name: str) -> np.ndarray:
+    """[pixels, voxels]: the images of unit voxels, all that a linear projector is."""
+    shape, frame, looks, detector = tiny()
+    units = np.eye(np.prod(shape), dtype=np.float32).reshape(-1, *shape)
+    return np.stack([caster(name, unit, frame)(looks, detector).ravel() for unit in units], axis=1).astype(np.float64)
+
+
+def test_the_transpose_of_the_twin_is_the_back_projection() -> None:
+    """<A x, y> = <x, A' y>, with an A' that spreads pixels over voxels and knows nothing of A."""
+    shape, frame, looks, detector = tiny()
+    rng = np.random.default_rng(7)
+    x = rng.uniform(0, 1, shape).astype(np.float32)
+    y = rng.uniform(-1, 1, (len(looks), detector.shape, detector.shape))
+    back = joseph.back_project(y, shape, frame, looks, detector)
+    forward = joseph.project(x, frame, looks, detector).astype(np.float64)
+    assert forward.any(axis=(1, 2)).all()
+    # float32 results of up to 60 in a sum of 196 of either sign: 60 * 6e-8 * sqrt(196) = 5e-5
+    assert (forward * y).sum() == pytest.approx((x * back).sum(), abs=2e-4)
+    # float32 entries of up to 12, 196 of them
+    assert matrix("joseph").T @ y.ravel() == pytest.approx(back.ravel(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_projector_is_its_matrix(name: str) -> None:
+    """<A x, y> = <x, A^T y>, where A is made of unit voxels: nothing depends on what else is in the volume."""
+    shape, frame, looks, detector = tiny()
+    rng = np.random.default_rng(8)
+    x = rng.uniform(0, 1, shape).astype(np.float32)
+    y = rng.uniform(-1, 1, len(looks) * detector.shape**2)
+    A = matrix(name)
+    forward = caster(name, x, frame)(looks, detector).ravel()
+    # float32 results of up to 60. `cpu` rounds voxels to 1 / 16382, an error of 1.8e-5 rms each; a pixel reads about
+    # ten at weights of about 4 mm: 2e-4
+    assert np.allclose(forward, A @ x.ravel(), atol=1e-3 if name == "cpu" else 2e-5)
+    # 196 of these with |y| of 0.6: 14 * 0.6 as much
+    difference = forward.astype(np.float64) @ y - x.ravel() @ (A.T @ y)
+    assert abs(difference) < (5e-3 if name == "cpu" else 2e-4)
+
+
+# the view that looks along an axis, and the axis of [slice, row, column]
+ALONG = {"back": (0, 0, 1), "front": (180, 0, 1), "right": (90, 0, 2), "left": (-90, 0, 2), "up": (0, 90, 0)}
+ALONG["down"] = (0, -90, 0)
+
+
+@pytest.mark.parametrize("name", WITH_TWIN)
+@pytest.mark.parametrize("direction", ALONG)
+def test_rays_along_axes_edges_and_faces(name: str, direction: str) -> None:
+    """A ray through voxel centres is the sum of these voxels. Between voxels Joseph takes the mean, Siddon either.
+
+    On the outermost face the neighbours are air; a voxel further out nothing is left. sin and cos of 90 degrees are
+    not exact: rays lean by 1e-16.
+    """
+    azimuth_deg, elevation_deg, axis = ALONG[direction]
+    mu = np.random.default_rng(9).uniform(0.01, 0.03, (6, 8, 10)).astype(np.float32)
+    spacing_mm = 7.0
+    cast = caster(name, mu, grid(mu.shape, (spacing_mm,) * 3))
+    across = [one for one in range(3) if one != axis]
+    padded = np.pad(mu, 2)
+
+    def central_ray(place: list[float]) -> float:
+        """Along the axis, at this place (voxels) across it."""
+        at = np.full(3, (mu.shape[axis] - 1) / 2)
+        at[across] = place
+        isocentre_mm = (at - (np.array(mu.shape) - 1) / 2)[::-1] * spacing_mm
+        look = views(isocentre_mm, [azimuth_deg], [elevation_deg])
+        return float(cast(look, Detector(1, 0.001))[0, 0, 0])
+
+    def columns(*places: tuple[int, int]) -> np.ndarray:
+        """[place, voxel]: the voxels of whole columns."""
+        moved = np.moveaxis(padded, axis, 2)
+        return np.array([moved[2 + row, 2 + column] for row, column in places])
+
+    def expect(place: list[float], *neighbours: tuple[int, int]) -> None:
+        near = columns(*neighbours) * spacing_mm
+        result = central_ray(place)
+        # a few roundings of float32; `cpu` rounds up to ten voxels of 7 mm to 2e-6 / mm, and blurs the kink that the
+        # interpolation has at a voxel's centre over a pixel of 1/7000 of a voxel
+        slack = 5e-5 if name == "cpu" else 1e-6
+        if name == "siddon":
+            assert near.min(axis=0).sum() - slack <= result <= near.max(axis=0).sum() + slack
+        else:
+            assert result == pytest.approx(near.mean(axis=0).sum(), abs=slack)
+
+    expect([2, 3], (2, 3))
+    expect([2, 3.5], (2, 3), (2, 4))
+    expect([2.5, 3], (2, 3), (3, 3))
+    expect([2.5, 3.5], (2, 3), (2, 4), (3, 3), (3, 4))
+    expect([-0.5, 3], (-1, 3), (0, 3))
+    expect([2, mu.shape[across[1]] - 0.5], (2, mu.shape[across[1]] - 1), (2, mu.shape[across[1]]))
+    assert central_ray([-1.01, 3]) == 0
+    assert central_ray([2, mu.shape[across[1]] + 0.01]) == 0
+
+
+@pytest.mark.parametrize("name", WITH_TWIN)
+@pytest.mark.parametrize("direction", ["front", "left", "up"])
+def test_a_single_slice_is_its_thickness(name: str, direction: str) -> None:
+    """Seen from in front of it: 7 mm of mu = 0.02 / mm, more by 1/cos off the axis."""
+    azimuth_deg, elevation_deg, axis = ALONG[direction]
+    shape = [30, 30, 30]
+    shape[axis] = 1
+    detector = Detector(8, 4.0)
+    look = views(azimuth_deg=[azimuth_deg], elevation_deg=[elevation_deg])
+    image = caster(name, np.full(shape, 0.02, np.float32), grid(shape, (7.0,) * 3))(look, detector)[0]
+    offset = (np.arange(8) - 3.5) * 4.0
+    # float32; `cpu` takes the mean over a pixel of 1/cos, here another 1e-6
+    assert np.allclose(image, 0.14 * np.sqrt(1 + (offset[:, None] ** 2 + offset**2) / 1800**2), rtol=1e-5)
