@@ -316,12 +316,13 @@ def test_cpu_scales_values_of_any_size(scale: float) -> None:
     assert np.allclose(scaled / scale, one, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_cpu_refuses_what_is_not_finite(value: float) -> None:
+def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
     mu = np.zeros((4, 4, 4), np.float32)
     mu[1, 2, 3] = value
     with pytest.raises(InputError, match="not finite"):
-        projectors.get("cpu")(mu, np.eye(4))
+        projectors.get(name)(mu, np.eye(4))
 
 
 def test_nothing_is_cast_of_nothing() -> None:

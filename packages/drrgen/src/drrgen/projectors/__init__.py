@@ -14,6 +14,7 @@ on behind the detector, through the whole volume.
 import ctypes
 import importlib
 import importlib.util
+import math
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -77,3 +78,11 @@ def _has_gpu() -> bool:
 def get(name: str) -> Projector:
     """The projector of a name that `resolve` returned."""
     return importlib.import_module(f"drrgen.projectors.{name}").prepare
+
+
+def extremes(mu: NDArray[np.float32]) -> tuple[float, float]:
+    """The lowest and the highest attenuation of a volume. Raises InputError where it is not finite everywhere."""
+    low, high = float(mu.min()), float(mu.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError("attenuation is not finite everywhere: replace NaN and infinity in the volume")
+    return low, high

@@ -8,15 +8,12 @@ fine grid cheap (`drrgen.projectors.slab`); each ray keeps its own axis, so a vi
 is chosen such that a pixel is nearer to the mean over its area than its central ray is.
 """
 
-import math
-
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from drrgen.errors import InputError
 from drrgen.geometry import Detector, Float, Views
-from drrgen.projectors import Project, slab
+from drrgen.projectors import Project, extremes, slab
 from drrgen.projectors.plan import AXES, PASS, plan
 
 # The largest 16-bit step of attenuation above 0: second differences reach twice as far both ways, and must fit.
@@ -41,9 +38,7 @@ class _Slabs:
     """A volume in 16 bits, laid out along each axis when a view first needs it."""
 
     def __init__(self, mu: NDArray[np.float32], voxel_from_world: Float) -> None:
-        low, high = float(mu.min()), float(mu.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise InputError("attenuation is not finite everywhere: replace NaN and infinity in the volume")
+        low, high = extremes(mu)
         self._step = (max(high, 0.0) - min(low, 0.0)) / _LEVELS or 1.0
         self._voxels = np.rint(mu / np.float32(self._step)).astype(np.int16)
         self._voxel_from_world = voxel_from_world

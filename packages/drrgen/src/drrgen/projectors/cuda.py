@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Float, Views
-from drrgen.projectors import StoringProject
+from drrgen.projectors import StoringProject, extremes
 
 try:
     import torch
@@ -63,8 +63,8 @@ def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> StoringProject:
 
     The ray is the one through the pixel's centre. Outside the volume attenuation is 0, reached linearly one voxel
     beyond the outermost centres. A source inside the volume sees the slices before it, whole. Results do not depend on
-    how views are batched, to the bit. Memory on the GPU: two copies, in float32, of the box of voxels that are not 0,
-    while they are made the volume as well, and what one launch makes, whatever the number of views.
+    how views are batched, to the bit. Memory on the GPU: two copies, in float32, of the box of voxels that are not 0, and
+    what one launch makes, whatever the number of views.
     """
     return _Rays(mu, voxel_from_world, require_device())
 
@@ -76,24 +76,24 @@ class _Rays:
     """
 
     def __init__(self, mu: NDArray[np.float32], voxel_from_world: Float, device: torch.device) -> None:
-        voxels = torch.from_numpy(np.ascontiguousarray(mu)).to(device)
-        if not all(torch.isfinite(extreme) for extreme in voxels.aminmax()):
-            raise InputError("attenuation is not finite everywhere: replace NaN and infinity in the volume")
+        extremes(mu)
         self._voxel_from_world = voxel_from_world
         self._device = device
-        box = _box(voxels)
+        box = _box(mu)
         # (low, count) of the box along x, y, z
         self._low = [axis.start for axis in box[::-1]]
         self._count = [axis.stop - axis.start for axis in box[::-1]]
         num_padded = int(np.prod([count + 2 * _PAD for count in self._count]))
         if num_padded > _MAX_VOXELS:
             raise InputError(f"--projector cuda holds {_MAX_VOXELS} voxels, not {num_padded}: choose --projector cpu")
-        # [slice, row, column] and [slice, column, row], one after the other
+        # [slice, row, column] and [slice, column, row], one after the other; nothing else is ever on the GPU
         self._layouts = torch.zeros(2 * num_padded, dtype=torch.float32, device=device)
         slices, rows, columns = (count + 2 * _PAD for count in self._count[::-1])
         inner = (slice(_PAD, -_PAD),) * 3
-        self._layouts[:num_padded].view(slices, rows, columns)[inner] = voxels[box]
-        self._layouts[num_padded:].view(slices, columns, rows)[inner] = voxels[box].transpose(1, 2)
+        upright = self._layouts[:num_padded].view(slices, rows, columns)
+        for place, one in enumerate(mu[box], _PAD):
+            upright[place, _PAD:-_PAD, _PAD:-_PAD] = torch.from_numpy(np.ascontiguousarray(one))
+        self._layouts[num_padded:].view(slices, columns, rows)[inner] = upright[inner].transpose(1, 2)
 
     def __call__(self, views: Views, detector: Detector) -> NDArray[np.float32]:
         line_integrals = np.empty((len(views), detector.shape, detector.shape), np.float32)
@@ -147,11 +147,12 @@ def _unload(
     return first + len(parts[0])
 
 
-def _box(voxels: torch.Tensor) -> tuple[slice, slice, slice]:
+def _box(mu: NDArray[np.float32]) -> tuple[slice, slice, slice]:
     """The smallest box [slice, row, column] that holds all voxels that are not 0; one voxel where there is none."""
-    planes = voxels.any(dim=2)
-    columns = voxels.any(dim=0).any(dim=0)
-    found = [torch.nonzero(line).flatten().tolist() or [0] for line in (planes.any(1), planes.any(0), columns)]
+    planes: NDArray[np.bool_] = (mu != 0).any(axis=2)
+    columns: NDArray[np.bool_] = (mu != 0).any(axis=(0, 1))
+    lines = planes.any(axis=1), planes.any(axis=0), columns
+    found = [np.flatnonzero(line) if line.any() else np.zeros(1, int) for line in lines]
     one, two, three = (slice(int(line[0]), int(line[-1]) + 1) for line in found)
     return one, two, three
 

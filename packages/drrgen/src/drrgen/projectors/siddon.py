@@ -5,14 +5,16 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from drrgen.geometry import Detector, Views
-from drrgen.projectors import Project
+from drrgen.projectors import Project, extremes
 
 
 def prepare(mu: NDArray[np.float32], voxel_from_world: NDArray[np.float64]) -> Project:
     """Siddon 1985, doi 10.1118/1.595715: the ray is cut at every voxel boundary, each piece weighted with its voxel.
 
-    The ray is the one through the pixel's centre. Signature, shapes and units: `drrgen.projectors`.
+    The ray is the one through the pixel's centre. Signature, shapes and units: `drrgen.projectors`; mu of any sign, but
+    finite, or it raises InputError.
     """
+    extremes(mu)
 
     def project(views: Views, detector: Detector) -> NDArray[np.float32]:
         line_integrals = np.empty((len(views), detector.shape, detector.shape), np.float32)
