@@ -63,8 +63,8 @@ def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> StoringProject:
 
     The ray is the one through the pixel's centre. Outside the volume attenuation is 0, reached linearly one voxel
     beyond the outermost centres. A source inside the volume sees the slices before it, whole. Results do not depend on
-    how views are batched, to the bit. Memory on the GPU: two copies, in float32, of the box of voxels that are not 0, and
-    what one launch makes, whatever the number of views.
+    how views are batched, to the bit. Memory on the GPU: two copies, in float32, of the box of voxels that are not 0,
+    and what one launch makes, whatever the number of views.
     """
     return _Rays(mu, voxel_from_world, require_device())
 

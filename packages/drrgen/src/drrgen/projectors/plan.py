@@ -7,7 +7,7 @@ same face cross most slices of the same axis, and share a plane. Positions are i
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from drrgen.projectors.lanes import NUM
 
@@ -49,30 +49,31 @@ PASS = np.dtype(
 )
 
 
-@njit(parallel=True, cache=True)
+# Loops over numbers throughout: numba compiles whole-array expressions for many seconds.
+@njit(cache=True)
 def plan(source, first_pixel, column_step, row_step, counts, shape, passes, num_passes):  # type: ignore[no-untyped-def]
     """Write the passes of each view to passes[view, : num_passes[view]]; room for six of PASS a view. No offsets yet.
 
     source, first_pixel, column_step, row_step: [V, 3], as of `Views.rays`. counts: voxels along x, y, z. shape: pixels
     on a side.
     """
-    for view in prange(len(source)):
-        # the ray of pixel (r, c) goes along direction @ (1, c, r)
-        direction = np.empty((3, 3))
-        direction[:, 0], direction[:, 1], direction[:, 2] = (
-            first_pixel[view] - source[view],
-            column_step[view],
-            row_step[view],
-        )
-        regions, corners = np.empty((_FACES, 8, 3)), np.zeros(_FACES, np.int64)
+    # the ray of pixel (r, c) goes along direction @ (1, c, r)
+    direction = np.empty((3, 3))
+    regions, corners = np.empty((_FACES, 8, 3)), np.zeros(_FACES, np.int64)
+    kept = np.empty((8, 3))
+    for view in range(len(source)):
+        for axis in range(3):
+            direction[axis, 0] = first_pixel[view, axis] - source[view, axis]
+            direction[axis, 1], direction[axis, 2] = column_step[view, axis], row_step[view, axis]
+        num_seen, found, across, down = 0, 0, 1, 1
         for face in range(_FACES):
-            corners[face] = _seen_through(face, direction, shape, regions[face])
-        found, across, down = 0, 1, 1
+            corners[face] = _seen_through(face, direction, shape, regions[face], kept)
+            num_seen += corners[face] > 0
         for face in range(_FACES):
-            region = regions[face, : corners[face]]
             one = passes[view, found]
-            if len(region) and _plan_pass(face, region, source[view], direction, counts, shape, one):
-                one.shared = (corners > 0).sum() > 1
+            region = regions[face, : corners[face]]
+            if corners[face] and _plan_pass(face, region, source[view], direction, counts, shape, one):
+                one.shared = num_seen > 1
                 across, down = max(across, one.across), max(down, one.down)
                 found += 1
         # passes that share a view share its samples: each belongs to one of them
@@ -82,35 +83,49 @@ def plan(source, first_pixel, column_step, row_step, counts, shape, passes, num_
 
 
 @njit(cache=True)
-def _seen_through(face, direction, shape, region):  # type: ignore[no-untyped-def]
+def _along(line, point):  # type: ignore[no-untyped-def]
+    """line . point, of three numbers each."""
+    return line[0] * point[0] + line[1] * point[1] + line[2] * point[2]
+
+
+@njit(cache=True)
+def _seen_through(face, direction, shape, region, kept):  # type: ignore[no-untyped-def]
     """The pixels whose rays leave through a face: the corners (1, c, r) of a convex polygon in `region`; their number.
 
-    The detector, clipped by the four planes between this face and its neighbours (Sutherland-Hodgman).
+    The detector, clipped by the four planes between this face and its neighbours (Sutherland-Hodgman). kept: room to
+    work, of the size of `region`.
     """
     near, far = -0.5, shape - 0.5
-    region[:, 0] = 1
-    region[0, 1:], region[1, 1:] = near, (far, near)
-    region[2, 1:], region[3, 1:] = far, (near, far)
+    for corner in range(4):
+        region[corner, 0] = 1
+        region[corner, 1] = far if corner in (1, 2) else near
+        region[corner, 2] = far if corner >= 2 else near
     count = 4
     main = face % 3
     sign = 1.0 if face < 3 else -1.0
-    kept = np.empty_like(region)
+    plane = np.empty(3)
     for turn in range(4):
         other = (main + 1 + turn % 2) % 3
-        plane = sign * direction[main] + (1.0 if turn < 2 else -1.0) * direction[other]
+        side = 1.0 if turn < 2 else -1.0
+        for axis in range(3):
+            plane[axis] = sign * direction[main, axis] + side * direction[other, axis]
         num_kept = 0
         for here in range(count):
             before = (here - 1) % count
-            height, height_before = (region[here] * plane).sum(), (region[before] * plane).sum()
+            height, height_before = _along(plane, region[here]), _along(plane, region[before])
             if (height >= 0) != (height_before >= 0):
                 part = height_before / (height_before - height)
-                kept[num_kept] = region[before] + part * (region[here] - region[before])
+                for axis in range(3):
+                    kept[num_kept, axis] = region[before, axis] + part * (region[here, axis] - region[before, axis])
                 num_kept += 1
             if height >= 0:
-                kept[num_kept] = region[here]
+                for axis in range(3):
+                    kept[num_kept, axis] = region[here, axis]
                 num_kept += 1
         count = num_kept
-        region[:count] = kept[:count]
+        for corner in range(count):
+            for axis in range(3):
+                region[corner, axis] = kept[corner, axis]
     return count
 
 
@@ -131,11 +146,9 @@ def _plan_pass(face, region, source, direction, counts, shape, one):  # type: ig
     plane = (first + last) / 2
     reach = plane - source[main]
     one.source_main, one.source_row, one.source_column = source[main], source[row], source[column]
-    one.plane, one.first_slice, one.last_slice = plane, first, last
-    one.face, one.direction[:] = face, direction
-    one.to_main[:] = direction[main]
-    across, down = np.inf, np.inf
-    for place, axis in enumerate((row, column)):
+    one.plane, one.first_slice, one.last_slice, one.face = plane, first, last, face
+    for place in range(2):
+        axis = column if place else row
         # the volume's shadow on the plane, with the border in which attenuation falls to 0
         shadow_low, shadow_high = np.inf, -np.inf
         for end in (first, last):
@@ -143,13 +156,10 @@ def _plan_pass(face, region, source, direction, counts, shape, one):  # type: ig
                 at = source[axis] + (edge - source[axis]) * reach / (end - source[main])
                 shadow_low, shadow_high = min(shadow_low, at), max(shadow_high, at)
         low, high, smallest = np.inf, -np.inf, np.inf
-        for corner in region:
-            ahead = (corner * direction[main]).sum()
-            slope = (corner * direction[axis]).sum() / ahead
-            at = source[axis] + reach * slope
-            low, high = min(low, at), max(high, at)
-            move = np.abs(reach / ahead) * np.hypot(*_moves(direction, axis, main, slope))
-            smallest = min(smallest, move)
+        for corner in range(len(region)):
+            at, by_column, by_row = _on_plane(direction, axis, main, reach, region[corner])
+            low, high = min(low, source[axis] + at), max(high, source[axis] + at)
+            smallest = min(smallest, math.hypot(by_column, by_row))
         # rows begin at the side where less of the shadow is cut off: what is before the first row is summed in vain
         is_reversed = place == 0 and low - shadow_low > shadow_high - high
         low, high = max(low, shadow_low), min(high, shadow_high)
@@ -160,33 +170,47 @@ def _plan_pass(face, region, source, direction, counts, shape, one):  # type: ig
         start = low - step
         if is_reversed:
             start, step = high + step, -step
-        to_grid = ((source[axis] - start) * direction[main] + reach * direction[axis]) / step
+        for term in range(3):
+            to_grid = ((source[axis] - start) * direction[main, term] + reach * direction[axis, term]) / step
+            one.direction[axis, term] = direction[axis, term]
+            if place == 0:
+                one.to_row[term] = to_grid
+            else:
+                one.to_column[term] = to_grid
         if place == 0:
-            one.first_row, one.row_step, one.rows, one.to_row[:] = start, step, num_points, to_grid
+            one.first_row, one.row_step, one.rows = start, step, num_points
         else:
-            one.first_column, one.column_step, one.to_column[:] = start, step, to_grid
+            one.first_column, one.column_step = start, step
             # columns of a slice that are read together are a voxel apart: finer grids are several interleaved ones
             one.phases = max(1, min(math.floor(1.2 / step), (num_points + WIDTH - 1) // WIDTH))
             group = one.phases * WIDTH
             one.columns = (num_points + group - 1) // group * group
+    for term in range(3):
+        one.direction[main, term] = one.to_main[term] = direction[main, term]
     # how many steps of the grid it is from pixel to pixel, along the detector's columns and rows, where it is least
-    for corner in region:
-        ahead = (corner * direction[main]).sum()
-        rows = _moves(direction, row, main, (corner * direction[row]).sum() / ahead)
-        columns = _moves(direction, column, main, (corner * direction[column]).sum() / ahead)
-        scale = np.abs(reach / ahead)
-        across = min(across, scale * np.hypot(rows[0] / one.row_step, columns[0] / one.column_step))
-        down = min(down, scale * np.hypot(rows[1] / one.row_step, columns[1] / one.column_step))
+    across, down = np.inf, np.inf
+    left, top, right, bottom = np.inf, np.inf, -np.inf, -np.inf
+    for corner in range(len(region)):
+        _, row_by_column, row_by_row = _on_plane(direction, row, main, reach, region[corner])
+        _, column_by_column, column_by_row = _on_plane(direction, column, main, reach, region[corner])
+        across = min(across, math.hypot(row_by_column / one.row_step, column_by_column / one.column_step))
+        down = min(down, math.hypot(row_by_row / one.row_step, column_by_row / one.column_step))
+        left, right = min(left, region[corner, 1]), max(right, region[corner, 1])
+        top, bottom = min(top, region[corner, 2]), max(bottom, region[corner, 2])
     one.across, one.down = max(1, math.ceil(across / _APART)), max(1, math.ceil(down / _APART))
-    lowest, highest = np.full(2, np.inf), np.full(2, -np.inf)
-    for corner in region:
-        lowest, highest = np.minimum(lowest, corner[1:]), np.maximum(highest, corner[1:])
-    one.left, one.top = max(0, math.floor(lowest[0])), max(0, math.floor(lowest[1]))
-    one.right, one.bottom = min(shape - 1, math.ceil(highest[0])), min(shape - 1, math.ceil(highest[1]))
+    one.left, one.top = max(0, math.floor(left)), max(0, math.floor(top))
+    one.right, one.bottom = min(shape - 1, math.ceil(right)), min(shape - 1, math.ceil(bottom))
     return True
 
 
 @njit(cache=True)
-def _moves(direction, axis, main, slope):  # type: ignore[no-untyped-def]
-    """How far a ray moves along an axis, per slice of the main one, from pixel to pixel: along columns, along rows."""
-    return direction[axis, 1] - slope * direction[main, 1], direction[axis, 2] - slope * direction[main, 2]
+def _on_plane(direction, axis, main, reach, pixel):  # type: ignore[no-untyped-def]
+    """Where the ray of a pixel (1, c, r) meets the plane, along an axis from the source; how far that moves from pixel
+    to pixel, along the detector's columns and along its rows."""
+    per_main = reach / _along(direction[main], pixel)
+    slope = _along(direction[axis], pixel) * per_main / reach
+    return (
+        slope * reach,
+        per_main * (direction[axis, 1] - slope * direction[main, 1]),
+        per_main * (direction[axis, 2] - slope * direction[main, 2]),
+    )
