@@ -38,8 +38,8 @@ SETUP = Setup(sdd_mm=1.2 * 1800, sod_mm=1640.0, detector_mm=1.2 * 432)
 SHAPE, SPACING_MM = (133, 512, 512), (0.7, 0.7, 2.5)
 SIZES = (256, 512, 1024)
 ANGLES_DEG = ((0, 0), (45, 0), (90, 0), (30, 30), (0, 80))
-# Neighbours of each view, 5 degrees apart in azimuth, that are cast with it, as `drrgen render` does at 512 pixels: what
-# a view of a sphere costs.
+# Neighbours of each view, 5 degrees apart in azimuth, that are cast with it, as `drrgen render` does at 512 pixels:
+# what a view of a sphere costs.
 NEIGHBOURS = 16
 # A call is repeated until these seconds are over, six times at most; the fastest counts. Of one view, of many.
 ONE_S, MANY_S = 3.0, 7.0

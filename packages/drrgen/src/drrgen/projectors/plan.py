@@ -16,9 +16,10 @@ from drrgen.projectors.lanes import NUM
 AXES = ((2, 1), (2, 0), (1, 0))
 # The columns of the grid that are summed together: two vectors. A row of sums is then one line of the cache.
 WIDTH = 2 * NUM
-# The plane's grid is this much finer than the pixels on it, where these are smallest, and never coarser than voxels.
-# Bilinear interpolation on such a grid blurs about as a pixel's area does: a triangle of half-width w has the second
-# moment w^2 / 6, a pixel's width 1 / 12, equal for w = 1 / sqrt(2). Rows cost next to nothing, columns cost time.
+# The plane's grid is this much finer than the pixels on it (the geometric mean of the smallest and the largest), and
+# never coarser than voxels. Bilinear interpolation on such a grid blurs about as a pixel's area does: a triangle of
+# half-width w has the second moment w^2 / 6, a pixel's width 1 / 12, equal for w = 1 / sqrt(2). Rows cost next to
+# nothing, columns cost time.
 _FINER = (1.6, 1.2)
 # Where pixels are larger than voxels a pixel is the mean of several samples, at most so many steps of the grid apart.
 _APART = 2.0
@@ -155,17 +156,18 @@ def _plan_pass(face, region, source, direction, counts, shape, one):  # type: ig
             for edge in (-1, counts[axis]):
                 at = source[axis] + (edge - source[axis]) * reach / (end - source[main])
                 shadow_low, shadow_high = min(shadow_low, at), max(shadow_high, at)
-        low, high, smallest = np.inf, -np.inf, np.inf
+        low, high, smallest, largest = np.inf, -np.inf, np.inf, 0.0
         for corner in range(len(region)):
             at, by_column, by_row = _on_plane(direction, axis, main, reach, region[corner])
             low, high = min(low, source[axis] + at), max(high, source[axis] + at)
-            smallest = min(smallest, math.hypot(by_column, by_row))
+            move = math.hypot(by_column, by_row)
+            smallest, largest = min(smallest, move), max(largest, move)
         # rows begin at the side where less of the shadow is cut off: what is before the first row is summed in vain
         is_reversed = place == 0 and low - shadow_low > shadow_high - high
         low, high = max(low, shadow_low), min(high, shadow_high)
         if low >= high:
             return False
-        step = min(1.0, max(1e-6, smallest / _FINER[place]))
+        step = min(1.0, max(1e-6, math.sqrt(smallest * largest) / _FINER[place]))
         num_points = math.ceil((high - low) / step) + 4
         start = low - step
         if is_reversed:
