@@ -36,8 +36,9 @@ def machine(threads: int) -> str:
         except metadata.PackageNotFoundError:
             versions.append(f"{name} not installed")
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    system = f"{platform.system()} {platform.release().split('-')[0]}"
     return (
-        f"{_processor()}, {os.cpu_count()} cores, {memory_gb:.0f} GB; {platform.system()} {platform.release().split('-')[0]}; "
+        f"{_processor()}, {os.cpu_count()} cores, {memory_gb:.0f} GB; {system}; "
         f"Python {platform.python_version()}; {threads} threads; {', '.join(versions)}."
     )
 
