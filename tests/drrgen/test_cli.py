@@ -188,7 +188,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("render", "--ct-dir", ".", "--grid", "7deg"), "divides 90"),
         (("render", "--ct-dir", ".", "--azimuth", "left"), "low:high"),
         (("render", "--ct-dir", ".", "--geometry", "bed"), "portable"),
-        (("render", "--ct-dir", ".", "--projector", "cuda"), "auto, cpu, siddon"),
+        (("render", "--ct-dir", ".", "--projector", "opencl"), "auto, cpu, cuda, siddon"),
         (("render", "--ct-dir", ".", "--levels", "512,128"), "512,256"),
         (("render", "--ct-dir", ".", "--levels", "a"), "256,512"),
         (("render", "--ct-dir", ".", "--size", 0), "--size 0"),

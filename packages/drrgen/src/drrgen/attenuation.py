@@ -1,6 +1,7 @@
 """From Hounsfield units to linear attenuation at one energy: NIST's coefficients, and one formula."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import resources
 
 import numpy as np
@@ -54,25 +55,31 @@ def mu_per_mm(hu: ArrayLike, energy_kev: float = ENERGY_KEV) -> NDArray[np.float
 
     Negative attenuation does not exist: HU below -1000 (padding, the corners outside the scanner's circle) is air.
     """
-    values = np.asarray(hu, dtype=np.float32)
-    slope = np.where(values > 0, np.float32(bone_factor(energy_kev) / 1000), np.float32(1 / 1000))
-    relative = np.maximum(1 + slope * values, 0)
-    return np.float32(water_per_mm(energy_kev)) * relative
+    return _each_once(partial(_formula, energy_kev=energy_kev), hu)
+
+
+def _formula(hu: NDArray[np.float32], energy_kev: float) -> NDArray[np.float32]:
+    slope = np.where(hu > 0, np.float32(bone_factor(energy_kev) / 1000), np.float32(1 / 1000))
+    return np.float32(water_per_mm(energy_kev)) * np.maximum(1 + slope * hu, 0)
+
+
+def _each_once(function: Callable[[NDArray[np.float32]], NDArray[np.float32]], hu: ArrayLike) -> NDArray[np.float32]:
+    """A function of HU, any shape. A CT has millions of voxels and 65536 values at most: each is worked out once."""
+    values = np.asarray(hu)
+    if values.dtype == np.int16 and values.size > 2**16:
+        table = function(np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float32))
+        return table[values.view(np.uint16)]
+    return function(values.astype(np.float32))
 
 
 def water_part(hu: ArrayLike) -> NDArray[np.float32]:
     """w = 1 + HU/1000 between 0 and 1, any shape: the share of a voxel that attenuates as water does, at any energy."""
-    part = np.array(hu, dtype=np.float32)
-    part /= 1000
-    part += 1
-    return np.clip(part, 0, 1, out=part)
+    return _each_once(lambda values: np.clip(1 + values / 1000, 0, 1), hu)
 
 
 def dense_part(hu: ArrayLike) -> NDArray[np.float32]:
     """d = HU/1000 above 0, else 0, any shape. At every energy, mu_per_mm is mu_w (w + k d)."""
-    part = np.array(hu, dtype=np.float32)
-    part /= 1000
-    return np.maximum(part, 0, out=part)
+    return _each_once(lambda values: np.maximum(values / 1000, 0), hu)
 
 
 def hu_from_mu(mu_per_mm: ArrayLike) -> Float:

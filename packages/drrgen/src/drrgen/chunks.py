@@ -1,7 +1,7 @@
-"""Images to the bytes of their chunks in a shard: what HDF5's own filters, byte shuffle and deflate, would make of them.
+"""Images to the bytes of their chunks in a shard: what HDF5's own filters, byte shuffle and deflate, make of them.
 
-Made outside HDF5, which does one thing at a time, so that all cores can; and by ISA-L, whose deflate is several times as
-fast as zlib's. Plain h5py reads them: a reader inflates, whoever deflated.
+Made outside HDF5, which does one thing at a time, so that all cores can help; and by ISA-L, whose deflate is several
+times as fast as zlib's. Plain h5py reads them: any reader inflates what any writer deflated.
 """
 
 import zlib
@@ -31,4 +31,5 @@ def encode(image: NDArray[np.uint16] | NDArray[np.uint8]) -> Chunk:
     stored = np.ascontiguousarray(image, image.dtype.newbyteorder("<"))
     shuffled = stored.view(np.uint8).reshape(-1, stored.itemsize).T.copy() if stored.itemsize > 1 else stored
     payload = isal_zlib.compress(shuffled.data, _LEVEL)
-    return Chunk(payload, zlib.crc32(stored.data), int((stored == np.iinfo(stored.dtype).max).sum()))
+    saturated = np.count_nonzero(stored == 256**stored.itemsize - 1)
+    return Chunk(payload, zlib.crc32(stored.data), int(saturated))

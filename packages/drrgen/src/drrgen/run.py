@@ -27,7 +27,8 @@ _FIELD_MM, _LENGTH_MM = 400.0, 340.0
 _SLICE_STEP_MM = 2.5
 
 
-Job, Done = TypeVar("Job"), TypeVar("Done")
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 
 
 @dataclass
@@ -92,7 +93,9 @@ class _Ready:
     entry: catalog.Entry
 
 
-def _one_ahead(pool: ThreadPoolExecutor, function: Callable[[Job], Done], jobs: list[Job]) -> Iterator[tuple[Job, Future[Done]]]:
+def _one_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Job], Done], jobs: list[Job]
+) -> Iterator[tuple[Job, Future[Done]]]:
     """Each job and what the function makes of it in the pool, where the next job is under way by then."""
     coming = [(job, pool.submit(function, job)) for job in jobs[:1]]
     for job in jobs[1:]:

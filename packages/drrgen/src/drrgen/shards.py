@@ -117,16 +117,16 @@ class Writer:
             for size in images:
                 truncated = truncated if truncated.shape[-1] == size else truncation.halved(truncated)
                 datasets[f"truncation/{size}"] = None, truncated
-        encoded = {path: self._pool.map(chunks.encode, stored) for path, (_, stored) in datasets.items()}
-        for path, (check, stored) in datasets.items():
+        encoded = {path: self._pool.map(chunks.encode, pixels) for path, (_, pixels) in datasets.items()}
+        for path, (checks, pixels) in datasets.items():
             if path not in self._file:
                 num_views = self._file["views/azimuth_deg"].shape[0]
-                self._file.create_dataset(path, (num_views, *stored.shape[1:]), np.uint8, **_options(stored.shape[-1]))
-            made = list(encoded[path])
+                self._file.create_dataset(path, (num_views, *pixels.shape[1:]), np.uint8, **_options(pixels.shape[-1]))
+            stored, made = self._file[path], list(encoded[path])
             for view, chunk in enumerate(made, self._num_done):
-                self._file[path].id.write_direct_chunk((view, 0, 0), chunk.payload)
-            if check:
-                self._file[check][self._num_done : self._num_done + len(made)] = [chunk.crc32 for chunk in made]
+                stored.id.write_direct_chunk((view, 0, 0), chunk.payload)
+            if checks:
+                self._file[checks][self._num_done : self._num_done + len(made)] = [chunk.crc32 for chunk in made]
                 self.saturated[path] += sum(chunk.saturated for chunk in made)
         self._num_done += len(next(iter(images.values())))
 
@@ -185,10 +185,13 @@ def create(
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, RuntimeError) as error:
+        # on a full disk closing the file fails as well, and HDF5 says why in words only
+        said = re.search(r"errno = (\d+)", str(error))
+        number = getattr(error, "errno", None) or (int(said[1]) if said else None)
+        if number is None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -514,12 +517,13 @@ def _wrong_images(file: h5py.File) -> Iterator[str]:
     num_ahead = 2 * (os.cpu_count() or 1)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         under_way: deque[Future[list[str]]] = deque()
-        checks = {(size, check): file[f"checks/{size}/{check}"][:] for size in levels for _, check in kinds}
+        # opened once: to find a dataset in a file takes as long as to read an image
+        images = {(name, size): file[f"{name}/{size}"] for name, _ in kinds for size in levels}
+        crc32 = {(name, size): file[f"checks/{size}/{check}"][:] for name, check in kinds for size in levels}
+        marks = {size: file[path] for size in levels if (path := f"truncation/{size}") in file}
         for view in range(len(file["views/azimuth_deg"])):
-            images = {(name, size): file[f"{name}/{size}"][view] for name, _ in kinds for size in levels}
-            crc32 = {(name, size): int(checks[size, check][view]) for name, check in kinds for size in levels}
-            marks = {size: file[path][view] for size in levels if (path := f"truncation/{size}") in file}
-            under_way.append(pool.submit(_wrong_view, view, levels, images, crc32, marks))
+            read = ({what: values[view] for what, values in each.items()} for each in (images, crc32, marks))
+            under_way.append(pool.submit(_wrong_view, view, levels, *read))
             if len(under_way) > num_ahead:
                 yield from under_way.popleft().result()
         for found in under_way:
@@ -530,7 +534,7 @@ def _wrong_view(
     view: int,
     levels: list[int],
     images: dict[tuple[str, int], Images],
-    crc32: dict[tuple[str, int], int],
+    crc32: dict[tuple[str, int], np.uint32],
     marks: dict[int, NDArray[np.uint8]],
 ) -> list[str]:
     found = []
