@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import h5py
 import numpy as np
@@ -522,12 +523,17 @@ def _wrong_images(file: h5py.File) -> Iterator[str]:
         crc32 = {(name, size): file[f"checks/{size}/{check}"][:] for name, check in kinds for size in levels}
         marks = {size: file[path] for size in levels if (path := f"truncation/{size}") in file}
         for view in range(len(file["views/azimuth_deg"])):
-            read = ({what: values[view] for what, values in each.items()} for each in (images, crc32, marks))
-            under_way.append(pool.submit(_wrong_view, view, levels, *read))
+            under_way.append(
+                pool.submit(_wrong_view, view, levels, _each(images, view), _each(crc32, view), _each(marks, view))
+            )
             if len(under_way) > num_ahead:
                 yield from under_way.popleft().result()
         for found in under_way:
             yield from found.result()
+
+
+def _each(datasets: dict[Any, Any], view: int) -> dict[Any, Any]:
+    return {what: values[view] for what, values in datasets.items()}
 
 
 def _wrong_view(
