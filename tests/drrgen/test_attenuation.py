@@ -1,5 +1,7 @@
 """HU to attenuation: NIST's numbers, known values, the two parts, and the inverse."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from tests.contract import schema
@@ -133,3 +135,12 @@ def test_nothing_is_made_of_float64() -> None:
 def test_inverse() -> None:
     hu = np.arange(-1000, 3072)
     assert np.allclose(hu_from_mu(mu_per_mm(hu)), hu, atol=1e-3)
+
+
+@pytest.mark.parametrize("function", [mu_per_mm, water_part, dense_part])
+def test_a_whole_ct_gets_what_each_voxel_gets(function: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Large volumes of int16 are looked up in a table of all 65536 values."""
+    hu = np.arange(-(2**15), 2**15).astype(np.int16)
+    volume = np.stack([hu, hu[::-1]])
+    assert np.array_equal(function(volume)[0], function(hu.astype(np.int32)))
+    assert np.array_equal(function(volume)[1], function(hu[::-1].astype(np.int32)))
