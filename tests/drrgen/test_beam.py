@@ -168,3 +168,11 @@ def test_energies_beyond_the_tables_are_refused(energy_kev: float) -> None:
 def test_unknown_spectra_are_refused_with_the_choices() -> None:
     with pytest.raises(InputError, match="chest120, portable90, carm80"):
         beam.spectrum("chest121")
+
+
+@pytest.mark.parametrize("energy_kev", [10.0, 60.0, 150.0])
+def test_one_energy_is_a_straight_line_however_thick(energy_kev: float) -> None:
+    """900 mm of water at 10 keV leave 10^-208 of the beam, and bone before it nothing that float64 knows."""
+    water_mm, dense_mm = np.float32([0, 1, 900]), np.float32([0, 200, 200])
+    expected = attenuation.water_per_mm(energy_kev) * (water_mm + attenuation.bone_factor(energy_kev) * dense_mm)
+    assert np.allclose(beam.LineIntegrals(beam.mono(energy_kev))(water_mm, dense_mm), expected, rtol=1e-6)

@@ -99,9 +99,12 @@ def line_integrals(beam: Beam, water_mm: ArrayLike, dense_mm: ArrayLike) -> Floa
 
     water_mm, dense_mm: integrals along a ray of `attenuation.water_part` and `attenuation.dense_part`.
     """
-    through_water = np.exp(-np.multiply.outer(water_mm, beam.water_per_mm))
-    through_dense = np.exp(-np.multiply.outer(dense_mm, beam.water_per_mm * beam.bone_factor))
-    return -np.log((through_water * beam.weight) @ through_dense.T)
+    water_per_mm, dense_per_mm = beam.water_per_mm, beam.water_per_mm * beam.bone_factor
+    # beyond the most penetrating line, which would underflow behind a metre of water at 10 keV
+    through_water = np.exp(-np.multiply.outer(water_mm, water_per_mm - water_per_mm.min()))
+    through_dense = np.exp(-np.multiply.outer(dense_mm, dense_per_mm - dense_per_mm.min()))
+    least = np.add.outer(np.multiply(water_mm, water_per_mm.min()), np.multiply(dense_mm, dense_per_mm.min()))
+    return least - np.log((through_water * beam.weight) @ through_dense.T)
 
 
 class LineIntegrals:

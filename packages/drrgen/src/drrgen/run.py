@@ -1,5 +1,6 @@
 """A folder of CTs in, a folder of shards out: every series is rendered, skipped because finished, or rejected aloud."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -123,13 +124,23 @@ def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refu
     with shard:
         if not config.made(shard.config_json):
             raise InputError(
-                f"{path} was rendered with other settings ({shard.config_json} instead of {config.to_json()}): "
+                f"{path} was rendered with other settings ({_other(shard.config_json, config.to_json())}): "
                 "choose another --out, or --overwrite"
             )
         difference = _difference(shard, entry)
     if difference and not is_refused:
         print(f"rendering again: {path}: {difference}", file=sys.stderr)
     return not difference
+
+
+def _other(theirs: str, ours: str) -> str:
+    """What two settings, as JSON, differ in."""
+    one, other = json.loads(theirs), json.loads(ours)
+    return ", ".join(
+        f"{key}: {one.get(key)} instead of {other.get(key)}"
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
+    )
 
 
 def _difference(shard: shards.Shard, entry: catalog.Entry) -> str:

@@ -27,9 +27,9 @@ def prepare(mu: NDArray[np.float32], voxel_from_world: Float) -> Project:
 
     Voxels are rounded to 16382 steps between 0 and the extremes, an error of at most 0.003 % of these per voxel.
     Outside the volume attenuation is 0, reached linearly one voxel beyond the outermost centres. A source inside the
-    volume sees the slices before it, whole. Results do not depend on the number of threads or on how views are
-    batched, to the bit. Memory: 2 bytes per voxel, 3 more for each axis that is the main one of a ray, and at most
-    about 45 MB per thread.
+    volume sees the slices before it, whole, and not one that it lies in exactly. Results do not depend on the number of
+    threads or on how views are batched, to the bit. Memory: 2 bytes per voxel, 3 more for each axis that is the main
+    one of a ray, and at most about 45 MB per thread.
     """
     return _Slabs(mu, voxel_from_world).project
 

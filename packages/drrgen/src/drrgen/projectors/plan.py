@@ -23,6 +23,8 @@ WIDTH = 2 * NUM
 _FINER = (1.6, 1.2)
 # Where pixels are larger than voxels a pixel is the mean of several samples, at most so many steps of the grid apart.
 _APART = 2.0
+# So many voxels more must be cut off at one side before rows begin at the other.
+_CLEARLY = 16
 _FACES = 6
 
 # One view's sums over the slices across one axis.
@@ -162,8 +164,9 @@ def _plan_pass(face, region, source, direction, counts, shape, one):  # type: ig
             low, high = min(low, source[axis] + at), max(high, source[axis] + at)
             move = math.hypot(by_column, by_row)
             smallest, largest = min(smallest, move), max(largest, move)
-        # rows begin at the side where less of the shadow is cut off: what is before the first row is summed in vain
-        is_reversed = place == 0 and low - shadow_low > shadow_high - high
+        # rows begin at the side where less of the shadow is cut off: what is before the first row is summed in vain.
+        # Where it makes no difference, such as in symmetric views, rounding must not decide
+        is_reversed = place == 0 and low - shadow_low > shadow_high - high + _CLEARLY
         low, high = max(low, shadow_low), min(high, shadow_high)
         if low >= high:
             return False

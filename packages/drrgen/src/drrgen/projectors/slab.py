@@ -178,7 +178,8 @@ def _kinks(one, main, num_kinks, where, weights):  # type: ignore[no-untyped-def
     final = np.int32(one.rows - 1)
     for kink in range(first, last + 1):
         position = start + kink * per_kink
-        row = min(max(np.int32(0), np.int32(math.floor(position)) + np.int32(1)), final)
+        # where a slice is next to the source, positions are too large for an integer
+        row = min(np.int32(math.floor(max(position, -1.0))) + np.int32(1), final)
         where[kink] = row * np.int32(WIDTH)
         weights[0, kink] = size * (row - position)
         weights[1, kink] = size * (1 - row + position)
@@ -332,7 +333,7 @@ def _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight):  # type: ign
     index: the grid's point before each sample. weight: how far the sample is beyond it, (row, column), and `scale`
     times the mm that the ray goes from slice to slice, 0 for samples outside the grid.
     """
-    # positions are below 10,000, so float32 is within 1e-3 of a step of the grid, and its vectors are twice as long
+    # float32 is within a few 1e-7 of a position, of hundreds or thousands, and its vectors are twice as long
     main, main_step = np.float32(one.to_main[0] + one.to_main[2] * r), np.float32(one.to_main[1])
     row, row_step = np.float32(one.to_row[0] + one.to_row[2] * r), np.float32(one.to_row[1])
     column, column_step = np.float32(one.to_column[0] + one.to_column[2] * r), np.float32(one.to_column[1])
@@ -340,13 +341,15 @@ def _locate(one, r, shift, sdd_mm, pixel_mm, scale, index, weight):  # type: ign
     middle = (len(index) - 1) / 2
     near_squared = np.float32((sdd_mm**2 + ((r - middle) * pixel_mm) ** 2) * scale**2)
     across_step, first, centre = np.float32(pixel_mm * scale), np.float32(one.left + shift), np.float32(middle)
-    nothing, whole = np.float32(0), np.float32(1)
+    nothing, whole, tiny = np.float32(0), np.float32(1), np.float32(1e-20)
     # counted from 0, because numba makes provision for indices that count from the end
     index, down = index[one.left : one.right + 1], weight[0, one.left : one.right + 1]
     beyond, length = weight[1, one.left : one.right + 1], weight[2, one.left : one.right + 1]
     for pixel in range(len(index)):
         c = first + np.float32(np.int32(pixel))
-        per_main = whole / (main + main_step * c)
+        # rays beside the pass, whose weight `_disown` makes 0, may run parallel to the plane
+        ahead = main + main_step * c
+        per_main = whole / (ahead if abs(ahead) > tiny else tiny)
         at_row, at_column = (row + row_step * c) * per_main, (column + column_step * c) * per_main
         near_row, near_column = min(max(at_row, nothing), last_row), min(max(at_column, nothing), last_column)
         i, j = np.int32(near_row), np.int32(near_column)
