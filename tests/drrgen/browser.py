@@ -16,7 +16,9 @@ _FLAGS = (
     "--disable-sync --disable-dev-shm-usage --disable-default-apps --disable-extensions --mute-audio --hide-scrollbars"
 ).split()
 # DevTools speaks on file descriptors 3 and 4, which Popen alone cannot name.
-_START = "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
+_START = (
+    "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 _SECONDS = 30
 
 

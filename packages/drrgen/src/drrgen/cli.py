@@ -149,7 +149,9 @@ def validate(shards: Annotated[list[Path], typer.Argument(help="Shard files.")])
 @app.command()
 def view(
     shard: Annotated[Path, typer.Argument(help="A shard file, rendered or synthesised.")],
-    html: Annotated[Path | None, typer.Option(help="Write a page to turn the patient in: one file, no network.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to turn the patient in: one file, no network.")
+    ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet with the angles printed, as PNG.")] = None,
     gif: Annotated[Path | None, typer.Option(help="Write the patient turning once, as an animated GIF.")] = None,
     max_mb: Annotated[

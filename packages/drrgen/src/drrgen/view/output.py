@@ -40,9 +40,11 @@ def level_for(shard: Shard, size: int) -> int:
 
 
 def frame(shard: Shard, view: int, size: int) -> NDArray[np.float32]:
-    """Line integrals of one view, [row, column], averaged to size x size pixels; size is at most the largest level's."""
+    """Line integrals of one view, [row, column], averaged to size x size pixels, at most those of the largest level."""
     image = shard.line_integrals(level_for(shard, size), view)
-    return image if len(image) == size else np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+    return (
+        image if len(image) == size else np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+    )
 
 
 def grey(line_integrals: NDArray, top: float) -> NDArray[np.uint8]:

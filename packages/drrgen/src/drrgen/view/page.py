@@ -26,8 +26,8 @@ from drrgen.view.output import between_deg, check_suffix, directions, frame, gre
 
 MB = 1_000_000
 _QUALITY = 88
-# Frames shrink in these steps, and to no less than this: then views are left out.
-_STEP, _MIN_SIZE = 64, 128
+# Frames shrink in steps of this factor, to multiples of JPEG's blocks and to no less than this: then views are left out.
+_SHRINKING, _BLOCK, _MIN_SIZE = 0.85, 16, 128
 _THINNING = 0.93
 # Decoding a sheet takes as long as a frame on the screen may; phones refuse higher images.
 _VIEWS_PER_SHEET, _SHEET_ROWS = 4, 8192
@@ -78,14 +78,15 @@ def html(shard: Shard, path: Path, max_mb: float) -> str:
 
 def _choices(shard: Shard) -> Iterator[tuple[int, int]]:
     """(pixels a side, number of views), best first: all views in smaller and smaller frames, then fewer views."""
-    largest = max(shard.levels)
-    sizes = [size for size in range(largest // _STEP * _STEP, _MIN_SIZE - 1, -_STEP) if size < largest]
-    for size in [largest, *sizes]:
+    size = max(shard.levels)
+    yield size, len(shard)
+    while size > _MIN_SIZE:
+        size = max(int(size * _SHRINKING) // _BLOCK * _BLOCK, _MIN_SIZE)
         yield size, len(shard)
     num_views = len(shard)
     while num_views > 1:
         num_views = math.floor(num_views * _THINNING)
-        yield (sizes or [largest])[-1], num_views
+        yield size, num_views
 
 
 def _spread(shard: Shard, num_views: int) -> list[int]:
@@ -137,7 +138,9 @@ def _page(shard: Shard, choice: Choice, top: float) -> bytes:
     sheets, has_marks = [], False
     with tqdm(total=len(choice.views), unit="view", disable=None, leave=False) as bar:
         for number, group in enumerate(groups):
-            sheets.append(f'<script type="image/jpeg" id="sheet-{number}">{_sheet(shard, group, choice.size, top)}</script>')
+            sheets.append(
+                f'<script type="image/jpeg" id="sheet-{number}">{_sheet(shard, group, choice.size, top)}</script>'
+            )
             if marks := _marks(shard, group, marks_size):
                 has_marks = True
                 sheets[-1] += f'\n<script type="image/png" id="marks-{number}">{marks}</script>'
