@@ -26,7 +26,7 @@ from drrgen.view.output import between_deg, check_suffix, directions, frame, gre
 
 MB = 1_000_000
 _QUALITY = 88
-# Frames shrink in steps of this factor, to multiples of JPEG's blocks and to no less than this: then views are left out.
+# Frames shrink by this factor, to multiples of JPEG's blocks and to no less than this: then views are left out.
 _SHRINKING, _BLOCK, _MIN_SIZE = 0.85, 16, 128
 _THINNING = 0.93
 # Decoding a sheet takes as long as a frame on the screen may; phones refuse higher images.
@@ -72,7 +72,7 @@ def html(shard: Shard, path: Path, max_mb: float) -> str:
             with whole(path) as partial:
                 partial.write_bytes(content)
             of = f" of {len(shard)}" if num_views < len(shard) else ""
-            return f"{path}: {num_views}{of} views of {size} pixels, {len(content) / MB:.1f} MB"
+            return f"{path}: {num_views}{of} views of {size} pixels, {len(content) / MB:.2f} MB"
     raise InputError(f"--max-mb {max_mb:g} is too little for one view of {shard.path}: try {smallest / MB + 0.1:.1f}")
 
 
