@@ -19,19 +19,26 @@ from tests.drrgen.volumes import volume
 from drrgen import grid, shards, view
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views, view_axes
+from drrgen.nodules import AnnotatedNodule
 from drrgen.render import quantised
 from drrgen.shards import Shard
 from drrgen.view import orbit, page
 from drrgen.view.output import between_deg
 
-DETECTORS = [Detector(256, 2.0), Detector(128, 4.0), Detector(64, 8.0)]
 HOSTILE = "</script><script>throw 1</script><!-- {{others}} &amp; \u2028 \" ' \\ 肺"
 
 
 def write(
-    path: Path, angles: grid.Angles, noise: float = 0.0, patient_id: str = "TEST-01", marks: bool = True, **known
+    path: Path,
+    angles: grid.Angles,
+    size: int = 32,
+    noise: float = 0.0,
+    patient_id: str = "TEST-01",
+    attribution: str = "nobody",
+    marks: bool = False,
+    nodules: list[AnnotatedNodule] | None = None,
 ) -> Path:
-    """Each view is of one line integral of its own, `shade`, with noise; the nodules' boxes and marks are true."""
+    """Each view is of one line integral of its own, `shade`, with noise; levels of `size` and half as many pixels."""
     views = Views(*angles, np.zeros(3), 1800.0, 1640.0)
     about = volume()
     about = replace(about, origin=replace(about.origin, patient_id=patient_id))
@@ -40,21 +47,19 @@ def write(
         path,
         about,
         views,
-        DETECTORS,
+        [Detector(size, 512 / size), Detector(size // 2, 1024 / size)],
         table_removed=True,
         config_json='{"grid": "15deg"}',
         licence="CC0",
-        attribution=known.pop("attribution", "nobody"),
-        **known,
+        attribution=attribution,
+        nodules=nodules,
     ) as writer:
         for number in range(len(views)):
-            image = shade(number, len(views)) + noise * random.random((1, 256, 256))
-            levels = {256: quantised(image.astype(np.float32))}
-            for size in (128, 64):
-                levels[size] = shards.halved(levels[2 * size])
-            truncated = np.zeros((1, 256, 256), np.uint8)
-            truncated[:, : number % 2 * 64] = 1  # in every other view, the upper quarter
-            writer.append(levels, truncated if marks else None)
+            image = shade(number, len(views)) + noise * random.random((1, size, size))
+            fine = quantised(image.astype(np.float32))
+            truncated = np.zeros((1, size, size), np.uint8)
+            truncated[:, : number % 2 * size // 4] = 1  # in every other view, the upper quarter
+            writer.append({size: fine, size // 2: shards.halved(fine)}, truncated if marks else None)
     return path
 
 
@@ -67,13 +72,13 @@ def sphere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """266 views, two nodules, the second beyond the image, and texts that try to break out of the page."""
     path = tmp_path_factory.mktemp("view") / "sphere.h5"
     nodules = [nodule(0, 3), nodule(400, 1)]
-    return write(path, grid.directions("15deg"), patient_id=HOSTILE, attribution=HOSTILE, nodules=nodules)
+    return write(path, grid.directions("15deg"), 256, 0.0, HOSTILE, HOSTILE, marks=True, nodules=nodules)
 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Views that no JPEG makes small: 62 of them."""
-    return write(tmp_path_factory.mktemp("view") / "noisy.h5", grid.directions("30deg"), noise=4.0, marks=False)
+    return write(tmp_path_factory.mktemp("view") / "noisy.h5", grid.directions("30deg"), size=256, noise=4.0)
 
 
 def about(content: str) -> dict:
@@ -136,7 +141,7 @@ def test_page_fits(noisy: Path, tmp_path: Path, max_mb: float) -> None:
     path = tmp_path / "a.html"
     with Shard(noisy) as shard:
         line = view.html(shard, path, max_mb)
-    # less would waste what the user allows; frames shrink by 0.85 a side
+    # less would waste what the user allows; frames shrink by 0.9 a side, or one block
     assert (
         0.6 * max_mb * page.MB <= path.stat().st_size <= max_mb * page.MB
         or about(path.read_text("utf-8"))["size"] == 256
@@ -161,7 +166,7 @@ def test_what_cannot_fit_is_refused_and_leaves_nothing(noisy: Path, tmp_path: Pa
 @pytest.mark.parametrize("name", ["15deg", "fibonacci:200"])
 def test_views_left_out_lie_close_to_views_kept(name: str, tmp_path: Path) -> None:
     """No view is farther from a kept one than kept ones are from one another: none left out would have been better."""
-    with Shard(write(tmp_path / "a.h5", grid.directions(name), marks=False)) as shard:
+    with Shard(write(tmp_path / "a.h5", grid.directions(name))) as shard:
         kept = page._spread(shard, 40)
         known = view_axes(shard.azimuth_deg, shard.elevation_deg)[2]
     assert len(set(kept)) == 40
@@ -186,19 +191,19 @@ def test_spacing_is_the_distance_between_neighbours(sphere: Path) -> None:
     ],
 )
 def test_orbit_goes_round_or_back_and_forth(cut: dict, expected: list[int], tmp_path: Path) -> None:
-    with Shard(write(tmp_path / "a.h5", grid.directions("45deg", **cut), marks=False)) as shard:
+    with Shard(write(tmp_path / "a.h5", grid.directions("45deg", **cut))) as shard:
         views = orbit.orbit(shard)
         assert shard.azimuth_deg[views].tolist() == expected
         assert set(shard.elevation_deg[views]) == {0}
-        print(view.gif(shard, tmp_path / "a.gif"))
+        view.gif(shard, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as picture:
-        assert (getattr(picture, "n_frames", 1), picture.size) == (len(expected), (256, 256))
+        assert (getattr(picture, "n_frames", 1), picture.size) == (len(expected), (32, 32))
 
 
 def test_orbit_off_the_equator_and_on_a_lattice_of_no_latitudes(tmp_path: Path) -> None:
-    with Shard(write(tmp_path / "a.h5", grid.directions("45deg", elevation="40:80"), marks=False)) as shard:
+    with Shard(write(tmp_path / "a.h5", grid.directions("45deg", elevation="40:80"))) as shard:
         assert set(shard.elevation_deg[orbit.orbit(shard)]) == {45}
-    with Shard(write(tmp_path / "b.h5", grid.directions("fibonacci:300"), marks=False)) as shard:
+    with Shard(write(tmp_path / "b.h5", grid.directions("fibonacci:300"))) as shard:
         views = orbit.orbit(shard)
         turn = np.diff(shard.azimuth_deg[[*views, views[0]]])
         assert ((turn + 180) % 360 - 180 > 0).all()
@@ -209,7 +214,7 @@ def test_orbit_off_the_equator_and_on_a_lattice_of_no_latitudes(tmp_path: Path) 
 def test_synthesised_shards_and_odd_settings(sphere: Path, tmp_path: Path) -> None:
     """No /ct, no boxes or marks, and settings that are not a renderer's."""
     path = tmp_path / "made.h5"
-    with h5py.File(write(path, grid.directions("45deg"), marks=False), "r+") as file:
+    with h5py.File(write(path, grid.directions("45deg")), "r+") as file:
         del file["ct"]
         settings = "[1]"
         file.attrs.update(

@@ -27,7 +27,7 @@ from drrgen.view.output import between_deg, check_suffix, directions, frame, gre
 MB = 1_000_000
 _QUALITY = 88
 # Frames shrink by this factor, to multiples of JPEG's blocks and to no less than this: then views are left out.
-_SHRINKING, _BLOCK, _MIN_SIZE = 0.85, 16, 128
+_SHRINKING, _BLOCK, _MIN_SIZE = 0.9, 16, 128
 _THINNING = 0.93
 # Decoding a sheet takes as long as a frame on the screen may; phones refuse higher images.
 _VIEWS_PER_SHEET, _SHEET_ROWS = 4, 8192
