@@ -30,6 +30,7 @@ figures: demo/report.md  ## make the pictures and the table of the documentation
 	[ ! -d $(CT) ] || $(BIN)/python docs/figures/body.py $(CT) docs/img
 	[ ! -d $(CT) ] || $(BIN)/python docs/figures/nodule.py $(CT) docs/img
 	[ ! -d $(CT) ] || $(BIN)/python docs/figures/physics.py $(CT) docs/img
+	[ ! -d $(CT) ] || ! command -v chromium > /dev/null || $(BIN)/python docs/figures/view.py $(CT) docs/img
 	cp demo/demo.png docs/img/demo.png
 	$(BIN)/python docs/figures/readme.py demo/report.md README.md
 

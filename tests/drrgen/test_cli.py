@@ -68,6 +68,9 @@ def test_render_validate_view(run, ct_dir: Path, capsys: pytest.CaptureFixture) 
     assert run("view", finished[0], "--sheet", "sheet.png") == 0
     with Image.open("sheet.png") as sheet:
         assert sheet.size == (8 * 64, 3 * 64)
+    assert run("view", finished[0], "--html", "page.html", "--gif", "orbit.gif", "--max-mb", 0.5) == 0
+    assert re.search(r"page.html: 24 views of 64 pixels, 0\.\d\d MB\norbit.gif: 8 fr", capsys.readouterr().out)
+    assert Path("page.html").stat().st_size < 0.5e6
 
 
 def test_render_with_a_spectrum_and_materials(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
@@ -199,7 +202,11 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("validate", "text.h5"), "not a readable HDF5 file"),
         (("view", "nowhere.h5", "--sheet", "x.png"), "no such shard"),
         (("view", "incomplete.h5", "--sheet", "x.png"), "render it again"),
-        (("view", "whole.h5", "--sheet", "x.xyz"), "PNG"),
+        (("view", "whole.h5", "--sheet", "x.xyz"), ".png"),
+        (("view", "whole.h5", "--html", "x.xyz"), ".html"),
+        (("view", "whole.h5", "--gif", "x.xyz"), ".gif"),
+        (("view", "whole.h5", "--html", "x.html", "--max-mb", 0.001), "--max-mb 0.001 is too little"),
+        (("view", "whole.h5"), "--html page.html"),
         (("render", "--ct-dir", "ct", "--out", "text.h5"), "--out"),
     ],
 )

@@ -148,16 +148,29 @@ def validate(shards: Annotated[list[Path], typer.Argument(help="Shard files.")])
 
 @app.command()
 def view(
-    shard: Annotated[Path, typer.Argument(help="A shard file.")],
-    sheet: Annotated[Path, typer.Option(help="Write a contact sheet with the angles printed, as PNG.")],
+    shard: Annotated[Path, typer.Argument(help="A shard file, rendered or synthesised.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to turn the patient in: one file, no network.")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet with the angles printed, as PNG.")] = None,
+    gif: Annotated[Path | None, typer.Option(help="Write the patient turning once, as an animated GIF.")] = None,
+    max_mb: Annotated[
+        float, typer.Option(help="Largest size of the page; frames shrink, then views are left out, until it fits.")
+    ] = 24.0,
 ) -> None:
     """Make pictures of a shard."""
     from drrgen import view
     from drrgen.shards import Shard
 
+    if not (html or sheet or gif):
+        raise InputError("view: say what to make: --html page.html, --sheet sheet.png or --gif orbit.gif")
     with Shard(shard) as opened:
-        view.sheet(opened, sheet)
-    print(sheet)
+        if html:
+            print(view.html(opened, html, max_mb))
+        if sheet:
+            print(view.sheet(opened, sheet))
+        if gif:
+            print(view.gif(opened, gif))
 
 
 def _sizes(levels: str | None) -> tuple[int, ...] | None:

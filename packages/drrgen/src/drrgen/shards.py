@@ -288,6 +288,8 @@ class Shard:
             raise InputError(f"{path}: {found}; render it again (`drrgen validate` names all that is wrong)")
         attributes, views = self._file.attrs, self._file["views"]
         self.patient_id, self.config_json = attributes["patient_id"], attributes["config_json"]
+        self.kind, self.created_by = attributes["kind"], attributes["created_by"]
+        self.licence, self.attribution = attributes["licence"], attributes["attribution"]
         self.azimuth_deg, self.elevation_deg = views["azimuth_deg"][:], views["elevation_deg"][:]
         self.levels = [int(size) for size in views.attrs["levels"]]
         ct = self._file["ct"].attrs if "ct" in self._file else {}
@@ -308,6 +310,14 @@ class Shard:
             return (self._file[f"{images}/{size}"][view] * SCALE).astype(np.float32)
         except OSError as error:
             raise InputError(f"{self.path}: view {view} of level {size} is damaged: render it again") from error
+
+    def truncation(self, size: int, view: int) -> NDArray[np.uint8] | None:
+        """One view's marks of one level, [row, column]; None where nothing is known. Raises InputError as above."""
+        path = f"truncation/{size}"
+        try:
+            return self._file[path][view] if path in self._file else None
+        except OSError as error:
+            raise InputError(f"{self.path}: {path} of view {view} is damaged: render it again") from error
 
     def boxes(self, size: int) -> NDArray[np.float32] | None:
         """[V, N, 4]: first column, first row, last column, last row of each nodule; None where nothing is known."""

@@ -1,46 +1,39 @@
-"""Pictures of a shard for people: the contact sheet."""
+"""The contact sheet: many views on one page."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from drrgen.errors import InputError
 from drrgen.shards import Shard
+from drrgen.view.output import check_suffix, grey, level_for, white_level, whole
 
 # The sheet shows at most this many views across and down, in tiles of at least this many pixels.
 COLUMNS, ROWS, TILE = 13, 9, 128
-# Bright enough for bone and not spent on the few densest pixels.
-WHITE_PERCENTILE = 99.8
 
 
-def sheet(shard: Shard, path: Path) -> None:
+def sheet(shard: Shard, path: Path) -> str:
     """Write a contact sheet with the angles on every view: azimuth across, elevation down, the head's side on top.
 
     A grid that is no lattice of angles is shown in its own order. All views share one window, from 0 (black) on.
+    Returns a line that says what is in it.
     """
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--sheet {path}: the contact sheet is a PNG, name it so")
-    size = min((level for level in shard.levels if level >= TILE), default=max(shard.levels))
+    check_suffix("--sheet", path, ".png")
+    size = level_for(shard, TILE)
     rows = _lattice(shard) or _in_order(shard)
     images = {view: shard.line_integrals(size, view) for row in rows for view in row}
-    white = max(float(np.percentile(list(images.values()), WHITE_PERCENTILE)), 1e-6)
+    white = white_level(np.stack(list(images.values())))
     page = Image.new("L", (size * max(len(row) for row in rows), size * len(rows)))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size / 11)
     for top, row in enumerate(rows):
         for left, view in enumerate(row):
-            pixels = np.clip(255 * images[view] / white, 0, 255).astype(np.uint8)
-            page.paste(Image.fromarray(pixels), (left * size, top * size))
+            page.paste(Image.fromarray(grey(images[view], white)), (left * size, top * size))
             label = f"{shard.azimuth_deg[view]:+.4g}, {shard.elevation_deg[view]:+.4g}"
             draw.text((left * size + 3, top * size + 2), label, fill=255, font=font, stroke_width=1, stroke_fill=0)
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with whole(path) as partial:
         page.save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return f"{path}: {len(images)} views of {size} pixels"
 
 
 def _lattice(shard: Shard) -> list[list[int]] | None:

@@ -1,0 +1,7 @@
+"""Pictures of a shard for people: a page to turn the patient in, an orbit, a contact sheet."""
+
+from drrgen.view.orbit import gif
+from drrgen.view.page import html
+from drrgen.view.sheet import sheet
+
+__all__ = ["gif", "html", "sheet"]
