@@ -135,7 +135,10 @@ def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refu
 
 def _other(theirs: str, ours: str) -> str:
     """What two settings, as JSON, differ in."""
-    one, other = json.loads(theirs), json.loads(ours)
+    try:
+        one, other = dict(json.loads(theirs)), json.loads(ours)
+    except (TypeError, ValueError):
+        return "which cannot be read"
     return ", ".join(
         f"{key}: {one.get(key)} instead of {other.get(key)}"
         for key in sorted(one.keys() | other.keys())
