@@ -91,16 +91,25 @@ def test_slices_without_a_uid_of_their_own_are_no_copies(folder: Path, uid: str)
 
 
 def test_folders_in_folders_in_folders(folder: Path, tmp_path: Path) -> None:
-    """More than Python's recursion allows; made from within, as the path is longer than a system call takes."""
+    """More than Python's recursion allows; made and removed from within, as the path is longer than a system call
+    takes, and what removes temporary folders after the tests recurses."""
+    depth = 1200
     here = os.getcwd()
     try:
         os.chdir(tmp_path)
-        for _ in range(1200):
+        for _ in range(depth):
             os.mkdir("d")
             os.chdir("d")
-    finally:
         os.chdir(here)
-    assert number_of_slices(tmp_path) == [12]
+        assert number_of_slices(tmp_path) == [12]
+    finally:
+        os.chdir(tmp_path)
+        for _ in range(depth):
+            os.chdir("d")
+        for _ in range(depth):
+            os.chdir("..")
+            os.rmdir("d")
+        os.chdir(here)
 
 
 def test_a_damaged_file_among_many_series_does_not_reject_them_all(folder: Path) -> None:
