@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 from tests.drrgen.test_cli import drrgen as command
-from tests.drrgen.volumes import volume
+from tests.drrgen.volumes import create, volume
 
 from drrgen import anatomy, beam, dicom, phantom, shards, truncation
 from drrgen.errors import InputError
@@ -28,8 +28,8 @@ def pyramid(num_views: int = 3, seed: int = 0) -> dict[int, shards.Images]:
     return {16: fine, 8: shards.halved(fine)}
 
 
-def create(path: Path, about: Volume | None = None, **known):
-    return shards.create(
+def begin(path: Path, about: Volume | None = None, **known):
+    return create(
         path,
         about or volume(),
         VIEWS,
@@ -43,7 +43,7 @@ def create(path: Path, about: Volume | None = None, **known):
 
 
 def write(path: Path, **known) -> Path:
-    with create(path, **known) as writer:
+    with begin(path, **known) as writer:
         for batch in (slice(0, 2), slice(2, 3)):
             writer.append({size: images[batch] for size, images in pyramid().items()})
     return path
@@ -159,7 +159,7 @@ def test_the_same_input_gives_the_same_bytes(path: Path, tmp_path: Path) -> None
 
 def test_nothing_remains_of_an_interrupted_write(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with create(tmp_path / "a.h5") as writer:
+        with begin(tmp_path / "a.h5") as writer:
             writer.append(pyramid())
             raise KeyboardInterrupt
 
@@ -170,7 +170,7 @@ def test_nothing_remains_of_an_interrupted_write(tmp_path: Path) -> None:
 
 def test_a_writer_that_forgets_views_leaves_nothing(tmp_path: Path) -> None:
     """Fill values would pass for images; their checksums, never written, do not."""
-    with pytest.raises(OSError, match="CRC-32"), create(tmp_path / "a.h5") as writer:
+    with pytest.raises(OSError, match="CRC-32"), begin(tmp_path / "a.h5") as writer:
         writer.append({size: images[:2] for size, images in pyramid().items()})
     assert list(tmp_path.iterdir()) == []
 
@@ -249,7 +249,7 @@ def with_materials(tmp_path: Path) -> Path:
     bone[1, 5, 5] = 15
     fine = quantised(np.stack([soft + bone, soft, bone], axis=1).astype(np.float32))
     path = tmp_path / "materials.h5"
-    with create(path, beam=beam.spectrum("carm80"), materials=True) as writer:
+    with begin(path, beam=beam.spectrum("carm80"), materials=True) as writer:
         writer.append({16: fine, 8: shards.halved(fine)})
     return path
 
@@ -320,7 +320,7 @@ def test_every_damage_to_materials_and_spectrum_is_named(with_materials: Path, d
 
 def test_a_pyramid_that_is_no_average_is_named(tmp_path: Path) -> None:
     wrong = {16: pyramid()[16], 8: pyramid(seed=1)[8]}
-    with pytest.raises(OSError, match="box average"), create(tmp_path / "a.h5") as writer:
+    with pytest.raises(OSError, match="box average"), begin(tmp_path / "a.h5") as writer:
         writer.append(wrong)
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tests.drrgen import browser
 from tests.drrgen.test_shards import nodule
-from tests.drrgen.volumes import volume
+from tests.drrgen.volumes import create, volume
 
 from drrgen import grid, shards, view
 from drrgen.errors import InputError
@@ -43,7 +43,7 @@ def write(
     about = volume()
     about = replace(about, origin=replace(about.origin, patient_id=patient_id))
     random = np.random.default_rng(0)
-    with shards.create(
+    with create(
         path,
         about,
         views,

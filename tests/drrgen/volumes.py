@@ -1,8 +1,20 @@
 """Small CT volumes for the tests of reading, cleaning and rendering."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
+from drrgen import shards
 from drrgen.volume import Origin, Volume
+
+
+@contextmanager
+def create(*about, **known) -> Iterator[shards.Writer]:
+    """A shard, drafted and published."""
+    with shards.draft(*about, **known) as writer:
+        yield writer
+    shards.publish(writer)
 
 
 def volume(shape=(12, 16, 20), world_from_voxel=None, seed=0, series_uid="1.2.3.4") -> Volume:

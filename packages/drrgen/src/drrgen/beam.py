@@ -121,7 +121,7 @@ class LineIntegrals:
         return out
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True)
 def _look_up(table, water_mm, dense_mm, water_per_mm, dense_per_mm, out):  # type: ignore[no-untyped-def]
     """Bilinear between the table's nodes; cells at the border reach on to infinity."""
     last_row, last_column = table.shape[0] - 2, table.shape[1] - 2

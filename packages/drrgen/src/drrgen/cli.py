@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,9 @@ from typing import Annotated
 import typer
 
 from drrgen.errors import InputError
+
+# What shells give for a program that was interrupted.
+_STOPPED = 130
 
 app = typer.Typer(
     help="Chest CT in, a dense sphere of physically scaled X-ray views (DRRs) out.",
@@ -103,6 +107,10 @@ def render(
     licence: Annotated[str | None, typer.Option(help="Licence of the CTs. [default: known for LIDC-IDRI]")] = None,
     attribution: Annotated[str | None, typer.Option(help="Whom to cite for them. [default: as above]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render finished shards again.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="CTs rendered at a time; each takes its own memory.")] = 1,
+    part: Annotated[str, typer.Option(help="Only the i-th of n parts of the CTs, from 0 on, as i/n.")] = "0/1",
+    engine: Annotated[str, typer.Option(help="local, or ray: a cluster of machines.")] = "local",
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time went.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
 ) -> None:
     """Render every CT below a folder to a shard. The same command goes on where it was stopped."""
@@ -115,9 +123,22 @@ def render(
     if dry_run:
         print(config.to_json())
         return
-    from drrgen import run
+    from drrgen import cores, run, stages
 
-    summary = run.render_folder(ct_dir, out, config, on_defect, overwrite)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends stops as cleanly as Ctrl-C
+    try:
+        summary = run.render_folder(
+            ct_dir, out, config, on_defect, overwrite, part=_part(part), num_workers=workers, engine=engine
+        )
+    except KeyboardInterrupt:
+        print("drrgen: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(_STOPPED)
+    if profile and summary.rendered:
+        print(stages.table(summary.stages, summary.seconds, cores.usable(), summary.busy))
+        print(
+            f"{summary.num_views} views, {summary.num_bytes / 1e6:.0f} MB: {summary.num_views / summary.seconds:.0f} "
+            f"views/s, {summary.num_bytes / 1e6 / summary.seconds:.0f} MB/s"
+        )
     print(
         f"{summary.rendered} rendered by {config.projector}, {summary.skipped} already finished, "
         f"{summary.rejected} rejected; shards in {out}"
@@ -129,12 +150,13 @@ def render(
 @app.command()
 def validate(shards: Annotated[list[Path], typer.Argument(help="Shard files.")]) -> None:
     """Check shards against every MUST of the schema, checksums and pyramid included; exit code 1 where one fails."""
+    from drrgen import cores
     from drrgen.shards import violations
 
     exit_code = 0
     for path in shards:
         try:
-            found = violations(path)
+            found = violations(path, cores.usable())
         except InputError as error:
             print(f"drrgen: {error}", file=sys.stderr)
             exit_code = 2
@@ -171,6 +193,13 @@ def view(
             print(view.sheet(opened, sheet))
         if gif:
             print(view.gif(opened, gif))
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise InputError(f"--part {text!r}: say i/n with i from 0 to n - 1, e.g. 0/8")
+    return int(number), int(of)
 
 
 def _sizes(levels: str | None) -> tuple[int, ...] | None:

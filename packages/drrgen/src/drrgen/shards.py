@@ -24,6 +24,7 @@ from drrgen.beam import Beam, mono
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views, project
 from drrgen.nodules import MAX_READERS, RATINGS, AnnotatedNodule, boxes, lower_level
+from drrgen.stages import Stages
 from drrgen.volume import HU_CLAMP, Origin, Volume
 
 SCHEMA = "drr-sphere"
@@ -92,14 +93,19 @@ def file_name(origin: Origin) -> str:
 
 
 class Writer:
-    """Appends batches of views to a shard under way; made by `create`.
+    """Appends batches of views to a shard under way; made by `draft`.
 
-    saturated: pixels at the scale's end by dataset, such as images/512.
+    temporary: where it is, until it is published as `path`. saturated: pixels at the scale's end by dataset, such as
+    images/512.
     """
 
-    def __init__(self, file: h5py.File, levels: list[int], pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, path: Path, temporary: Path, file: h5py.File, levels: list[int], pool: ThreadPoolExecutor, stages: Stages
+    ) -> None:
+        self.path, self.temporary = path, temporary
         self._file = file
         self._pool = pool
+        self._stages = stages
         self._num_done = 0
         self._kinds = _kinds(file)
         self.saturated = {f"{images}/{size}": 0 for images, _ in self._kinds for size in levels}
@@ -118,22 +124,32 @@ class Writer:
             for size in images:
                 truncated = truncated if truncated.shape[-1] == size else truncation.halved(truncated)
                 datasets[f"truncation/{size}"] = None, truncated
-        encoded = {path: self._pool.map(chunks.encode, pixels) for path, (_, pixels) in datasets.items()}
+        with self._stages("compress"):
+            under_way = {path: self._pool.map(chunks.encode, pixels) for path, (_, pixels) in datasets.items()}
+            encoded = {path: list(made) for path, made in under_way.items()}
+        with self._stages("write"):
+            self._write(datasets, encoded)
+        self._num_done += len(next(iter(images.values())))
+
+    def _write(
+        self,
+        datasets: dict[str, tuple[str | None, NDArray[np.uint16] | NDArray[np.uint8]]],
+        encoded: dict[str, list[chunks.Chunk]],
+    ) -> None:
         for path, (checks, pixels) in datasets.items():
             if path not in self._file:
                 num_views = self._file["views/azimuth_deg"].shape[0]
                 self._file.create_dataset(path, (num_views, *pixels.shape[1:]), np.uint8, **_options(pixels.shape[-1]))
-            stored, made = self._file[path], list(encoded[path])
+            stored, made = self._file[path], encoded[path]
             for view, chunk in enumerate(made, self._num_done):
                 stored.id.write_direct_chunk((view, 0, 0), chunk.payload)
             if checks:
                 self._file[checks][self._num_done : self._num_done + len(made)] = [chunk.crc32 for chunk in made]
                 self.saturated[path] += sum(chunk.saturated for chunk in made)
-        self._num_done += len(next(iter(images.values())))
 
 
 @contextmanager
-def create(
+def draft(
     path: Path,
     volume: Volume,
     views: Views,
@@ -147,54 +163,73 @@ def create(
     nodules: list[AnnotatedNodule] | None = None,
     beam: Beam | None = None,
     materials: bool = False,
+    num_threads: int = 1,
+    stages: Stages | None = None,
 ) -> Iterator[Writer]:
-    """Open a shard for writing. It gets its name when the block ends well, complete and checked, or never.
+    """Open a shard for writing, under a temporary name: complete when the block ends well, else gone. Then `publish`.
 
-    detectors: one per level, the largest first. nodules: [] where readers found none, None where nothing is known;
-    the same for a `dataset` of no name. beam: None for one of 60 keV. materials: whether soft and bone images follow.
+    path: what it will be called. detectors: one per level, the largest first. nodules: [] where readers found none,
+    None where nothing is known; the same for a `dataset` of no name. beam: None for one of 60 keV. materials: whether
+    soft and bone images follow.
     """
     beam = mono(attenuation.ENERGY_KEV) if beam is None else beam
     temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    with (
+        _removed_on_failure(temporary, path),
+        h5py.File(temporary, "w") as file,
+        ThreadPoolExecutor(num_threads) as pool,
+    ):
+        _describe(file, volume, views, detectors, table_removed)
+        for kind in (_WHOLE, _SOFT, _BONE) if materials else (_WHOLE,):
+            _make_room(file, kind, len(views), detectors)
+        _describe_beam(file, beam, [detector.shape for detector in detectors])
+        if nodules is not None:
+            _describe_nodules(file, nodules, views, detectors)
+        if dataset:
+            file.attrs["dataset"] = dataset
+        file.attrs.update(
+            schema=SCHEMA,
+            schema_version=VERSION,
+            kind="rendered",
+            created_by=f"drrgen {__version__}",
+            config_json=config_json,
+            config_sha256=hashlib.sha256(config_json.encode()).hexdigest(),
+            patient_id=volume.origin.patient_id,
+            licence=licence,
+            attribution=attribution,
+        )
+        writer = Writer(path, temporary, file, [detector.shape for detector in detectors], pool, stages or Stages())
+        yield writer
+        for images, count in writer.saturated.items():
+            file[images].attrs["saturated_count"] = count
+        file.attrs["complete"] = True
+
+
+def publish(writer: Writer, num_threads: int = 1) -> None:
+    """Check what was drafted, bring it to disk, and give it its name. Raises OSError where it is not what was meant."""
+    with _removed_on_failure(writer.temporary, writer.path):
+        if found := violations(writer.temporary, num_threads):
+            raise OSError(f"{writer.path}: what was written is not what was meant: {found[0]}")
+        _sync(writer.temporary)
+        os.replace(writer.temporary, writer.path)
+        _sync(writer.path.parent)
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path, path: Path) -> Iterator[None]:
+    """A file that goes when the block fails, with an error that names what it was to become."""
     try:
-        with h5py.File(temporary, "w") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            _describe(file, volume, views, detectors, table_removed)
-            for kind in (_WHOLE, _SOFT, _BONE) if materials else (_WHOLE,):
-                _make_room(file, kind, len(views), detectors)
-            _describe_beam(file, beam, [detector.shape for detector in detectors])
-            if nodules is not None:
-                _describe_nodules(file, nodules, views, detectors)
-            if dataset:
-                file.attrs["dataset"] = dataset
-            file.attrs.update(
-                schema=SCHEMA,
-                schema_version=VERSION,
-                kind="rendered",
-                created_by=f"drrgen {__version__}",
-                config_json=config_json,
-                config_sha256=hashlib.sha256(config_json.encode()).hexdigest(),
-                patient_id=volume.origin.patient_id,
-                licence=licence,
-                attribution=attribution,
-            )
-            writer = Writer(file, [detector.shape for detector in detectors], pool)
-            yield writer
-            for images, count in writer.saturated.items():
-                file[images].attrs["saturated_count"] = count
-            file.attrs["complete"] = True
-        if found := violations(temporary):
-            raise OSError(f"{path}: what was written is not what was meant: {found[0]}")
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:
+        yield
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):
+            raise
         # on a full disk closing the file fails as well, and HDF5 says why in words only
         said = re.search(r"errno = (\d+)", str(error))
         number = getattr(error, "errno", None) or (int(said[1]) if said else None)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Detector], table_removed: bool) -> None:
@@ -333,14 +368,14 @@ class Shard:
         self._file.close()
 
 
-def violations(path: Path) -> list[str]:
+def violations(path: Path, num_threads: int = 1) -> list[str]:
     """Every MUST of the schema that a file breaks, a line each, geometry, checksums and pyramid included.
 
     [] for a sound shard. Raises InputError where the file cannot be opened as HDF5.
     """
     with _opened(path) as file:
         found = list(_guarded(_structure(file)))
-        return found or list(_guarded(_wrong_images(file)))
+        return found or list(_guarded(_wrong_images(file, num_threads)))
 
 
 def _guarded(found: Iterator[str]) -> Iterator[str]:
@@ -521,12 +556,12 @@ def _wrong_boxes(file: h5py.File, levels: list[int]) -> Iterator[str]:
             yield f"nodules/boxes/{levels[0]}: a centroid is not in its box"
 
 
-def _wrong_images(file: h5py.File) -> Iterator[str]:
-    """HDF5 reads one view after another; what is wrong with the last ones is found out meanwhile, on all cores."""
+def _wrong_images(file: h5py.File, num_threads: int) -> Iterator[str]:
+    """HDF5 reads one view after another; what is wrong with the last ones is found out meanwhile, on all threads."""
     levels = [int(size) for size in file["views"].attrs["levels"]]
     kinds = _kinds(file)
-    num_ahead = 2 * (os.cpu_count() or 1)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    num_ahead = 2 * num_threads
+    with ThreadPoolExecutor(num_threads) as pool:
         under_way: deque[Future[list[str]]] = deque()
         # opened once: to find a dataset in a file takes as long as to read an image
         images = {(name, size): file[f"{name}/{size}"] for name, _ in kinds for size in levels}

@@ -32,7 +32,7 @@ def halved(marks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return rows[..., ::2] | rows[..., 1::2]
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True)
 def _mark(ends, places, source, first_pixel, column_step, row_step, out):  # type: ignore[no-untyped-def]
     num_views, shape, _ = out.shape
     for index in prange(num_views * shape):

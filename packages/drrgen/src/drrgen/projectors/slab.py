@@ -32,7 +32,7 @@ _TILES = 4, 32
 # Numbers in the sums of one task: 24 MiB. Beyond it tasks are smaller.
 _ROOM = 6 << 20
 
-_FAST = dict(cache=True, fastmath=True, error_model="numpy")
+_FAST = dict(cache=True, nogil=True, fastmath=True, error_model="numpy")
 _U8 = np.uint64(lanes.NUM)
 
 
