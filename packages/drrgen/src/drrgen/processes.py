@@ -102,5 +102,7 @@ def _serve(pipe: Connection, config: RenderConfig, on_defect: str, num_threads: 
 
     try:
         pipeline.render_jobs(jobs(), config, on_defect, num_threads, pipe.send)
+    except (EOFError, ConnectionError):
+        pass  # the main process is gone
     except Exception as error:
         pipe.send(error)

@@ -1,0 +1,257 @@
+"""`drrgen render` under what befalls a long run: what opens as a shard is never wrong, and the same command goes on.
+
+It completes the folder to the bytes of an undisturbed run.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from drrgen import catalog, pipeline, shards
+from drrgen.config import RenderConfig
+from drrgen.run import render_folder, write_phantoms
+
+PATIENTS = 4
+# As the command line says it: 62 views of each patient.
+CONFIG = RenderConfig(grid="30deg", size=128)
+SETTINGS = ("--grid", "30deg", "--size", "128")
+# A run takes about three seconds beyond its start; on a machine under load several times that.
+DEADLINE_S = 120
+
+CLUSTER = """
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from drrgen.config import RenderConfig
+from drrgen.run import render_folder
+
+ct_dir, out, patients = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+doomed = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+lost = []
+
+
+def writers():
+    return {int(path.name.split("-")[-1]) for path in out.glob(".*.tmp-*")}
+
+
+def lose_a_node():
+    raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
+    while not (its := writers() & {child.pid for child in raylet.children(recursive=True)}):
+        time.sleep(0.002)
+    cluster.remove_node(doomed, allow_graceful=False)
+    lost.extend(its)
+
+
+thread = threading.Thread(target=lose_a_node)
+thread.start()
+config = RenderConfig(grid="30deg", size=128)
+summary = render_folder(ct_dir, out, config, "reject", overwrite=False, engine="ray")
+thread.join()
+assert lost, "no node was lost in the middle of its work"
+assert (summary.rendered, summary.rejected) == (int(patients), 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def ct_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, PATIENTS, seed=0, matrix=64, table=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ct_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert render_folder(ct_dir, out, CONFIG, "reject", overwrite=False).rendered == PATIENTS
+    return digests(out)
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.h5"))}
+
+
+def start(ct_dir: Path, out: Path, *options: str, **known) -> subprocess.Popen[str]:
+    program = Path(sys.executable).with_name("drrgen")
+    command = [program, "render", "--ct-dir", ct_dir, "--out", out, *SETTINGS, *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **known)
+
+
+def complete(ct_dir: Path, out: Path, *options: str) -> str:
+    """The same command, undisturbed: what it said."""
+    with start(ct_dir, out, *options) as process:
+        said = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == 0, said
+    return said
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def hidden(out: Path) -> list[Path]:
+    """Left-over files: all that readers pass over, but for the lock."""
+    return [path for path in out.glob(".*") if path.name != ".lock"]
+
+
+def lines(said: str) -> list[str]:
+    """What was printed beside the bar."""
+    return [line for line in said.replace("\r", "\n").splitlines() if line.strip() and "view/s" not in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "seed"), [("1", 0), ("2", 1)])
+def test_killed_at_random_moments(workers: str, seed: int, ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    """Fifteen kills each, of all processes of the run or of the main one alone, anywhere in the life of a shard."""
+    moments = random.Random(seed)
+    out, kills = tmp_path / "out", 0
+    while kills < 15:
+        before = set(hidden(out))
+        with start(ct_dir, out, "--workers", workers) as process:
+            # the first file of this run marks the end of its start, which is not what is to be disturbed
+            until(lambda: process.poll() is not None or set(hidden(out)) - before)  # noqa: B023
+            time.sleep(moments.uniform(0, 1.5))
+            if process.poll() is None:
+                kills += 1
+                main = psutil.Process(process.pid)
+                others = main.children(recursive=True)
+                for one in [main, *(others if moments.random() < 0.5 else [])]:
+                    one.kill()
+                # without the main process the others end by themselves
+                assert not psutil.wait_procs(others, DEADLINE_S)[1]
+        done = digests(out)
+        assert done.items() <= undisturbed.items()
+        if len(done) == PATIENTS:
+            shutil.rmtree(out)
+    complete(ct_dir, out)
+    assert digests(out) == undisturbed
+    assert hidden(out) == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_stopped_in_the_middle_it_leaves_nothing_behind(
+    stop: signal.Signals, workers: str, ct_dir: Path, undisturbed: dict, tmp_path: Path
+) -> None:
+    """Ctrl-C, and what a scheduler sends: one line, exit code 130, and what was finished stays."""
+    out = tmp_path / "out"
+    with start(ct_dir, out, "--workers", workers) as process:
+        until(lambda: hidden(out))
+        process.send_signal(stop)
+        said = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == 130, said
+    assert lines(said) == ["drrgen: stopped; the same command goes on from here"]
+    assert hidden(out) == []
+    assert digests(out).items() <= undisturbed.items()
+    complete(ct_dir, out)
+    assert digests(out) == undisturbed
+
+
+def test_two_runs_at_once_in_one_folder(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    runs = [start(ct_dir, tmp_path) for _ in range(2)]
+    for process in runs:
+        said = process.communicate(timeout=DEADLINE_S)[1]
+        assert process.returncode == 0, said
+    assert digests(tmp_path) == undisturbed
+    assert hidden(tmp_path) == []
+
+
+def test_parts_make_the_whole(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    of_part = []
+    for part in range(3):
+        render_folder(ct_dir, tmp_path / str(part), CONFIG, "reject", overwrite=False, part=(part, 3))
+        of_part.append(digests(tmp_path / str(part)))
+    assert sum(map(len, of_part)) == PATIENTS
+    assert of_part[0] | of_part[1] | of_part[2] == undisturbed
+
+
+def test_a_worker_that_dies_costs_nothing_but_time(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    with start(ct_dir, tmp_path, "--workers", "2") as process:
+        until(lambda: hidden(tmp_path))
+        writer = int(hidden(tmp_path)[0].name.split("-")[-1])
+        os.kill(writer, signal.SIGKILL)
+        said = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == 0, said
+    assert digests(tmp_path) == undisturbed
+    assert hidden(tmp_path) == []
+
+
+def test_an_input_that_vanishes_after_the_scan_costs_one_shard(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    copy = shutil.copytree(ct_dir, tmp_path / "ct")
+    jobs = [pipeline.Job(tmp_path / shards.file_name(one.origin), (one,)) for one in catalog.scan(copy)]
+    shutil.rmtree(jobs[1].entry.path)
+    told: list[pipeline.Event] = []
+    pipeline.render_jobs(jobs, CONFIG, "reject", 1, told.append)
+    (refused,) = [event for event in told if isinstance(event, pipeline.Refused)]
+    assert (refused.path, refused.error.code) == (jobs[1].path, "unreadable-file")
+    assert digests(tmp_path) == {name: digest for name, digest in undisturbed.items() if name != jobs[1].path.name}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, too small for the shards: each takes 0.6 MB or more."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "drrgen-test", disk], capture_output=True
+    ).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk(workers: str, ct_dir: Path, undisturbed: dict, small_disk: Path) -> None:
+    with start(ct_dir, small_disk / "out", "--workers", workers) as process:
+        said = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == 2, said
+    (line,) = lines(said)
+    assert line.startswith("drrgen: [Errno 28] No space left on device")
+    assert hidden(small_disk / "out") == []
+    assert digests(small_disk / "out").items() <= undisturbed.items()
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    complete(ct_dir, small_disk / "out")
+    assert digests(small_disk / "out") == undisturbed
+
+
+def test_a_folder_that_may_not_be_written_to(ct_dir: Path, small_disk: Path) -> None:
+    (small_disk / "out").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with start(ct_dir, small_disk / "out") as process:
+        said = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == 2, said
+    (line,) = lines(said)
+    assert line.startswith("drrgen: [Errno 30] Read-only file system")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_node_in_the_middle_of_its_work(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    """Two nodes, in a process of their own: Ray leaves threads and files open that are none of ours."""
+    pytest.importorskip("ray", reason="needs drrgen[ray]")
+    command = [sys.executable, "-c", CLUSTER, ct_dir, tmp_path, str(PATIENTS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path) == undisturbed
+    assert hidden(tmp_path) == []
