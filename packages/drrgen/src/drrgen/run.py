@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from drrgen import anatomy, body, catalog, dicom, exposure, grid, lidc, phantom, projectors, shards
+from drrgen import (
+    anatomy,
+    body,
+    catalog,
+    dataset,
+    dicom,
+    exposure,
+    grid,
+    lidc,
+    phantom,
+    projectors,
+    shards,
+    splits,
+    temporary,
+)
 from drrgen.config import RenderConfig
 from drrgen.defects import POLICIES, SeriesRejected, printable
 from drrgen.errors import InputError
@@ -39,30 +54,42 @@ class Summary:
     rejected: int = 0
 
 
-def render_folder(ct_dir: Path, out: Path, config: RenderConfig, on_defect: str, overwrite: bool) -> Summary:
+def render_folder(
+    ct_dir: Path, out: Path, config: RenderConfig, on_defect: str, overwrite: bool, rule: str = "hash"
+) -> Summary:
     """Render every CT below `ct_dir` to a shard in `out`; finished shards of the same settings are left alone.
 
     on_defect, one of POLICIES, is no part of the settings: it makes no difference to a series without defects.
-    Raises InputError where there is no CT, or `out` holds a shard of other settings and `overwrite` is not set.
+    rule: one of splits.RULES. Raises InputError where there is no CT, or `out` holds a shard of other settings and
+    `overwrite` is not set, or patients split by another rule.
     """
     if on_defect not in POLICIES:
         raise InputError(f"--on-defect {on_defect!r} does not exist: choose one of {', '.join(POLICIES)}")
+    splits.check_rule(rule)
     entries = catalog.scan(ct_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be a folder for shards ({error.strerror}): choose another") from error
-    summary, todo = Summary(), []
+    temporary.sweep(out)
+    known = dataset.read(out).lines
+    summary, todo, finished, rejections = Summary(), [], [], []
     for one in entries:
         if one.copy_of is not None:
             continue
         path = out / shards.file_name(one.origin)
-        if not overwrite and _is_finished(path, one, config, is_refused=bool(one.refused(on_defect))):
+        refused = one.refused(on_defect)
+        if not overwrite and (line := _finished(path, known.get(path.name), one, config, is_refused=bool(refused))):
             summary.skipped += 1
-        elif refused := one.refused(on_defect):
-            _reject(one, SeriesRejected(*refused), summary)
+            finished.append(line)
+        elif refused:
+            rejections.append(_reject(one, SeriesRejected(*refused), ct_dir, summary))
         else:
             todo.append((path, one))
+    names = [path.name for path, _ in todo]
+    planned = [*names, *(line.file for line in finished)]
+    dataset.begin(out, rule, config.to_json(), planned=planned, finished=finished, todo=names)
+    dataset.reject(out, *rejections)
 
     num_views = len(grid.directions(config.grid, config.azimuth, config.elevation)[0])
     bar = tqdm(total=len(todo) * num_views, unit="view", disable=not todo)
@@ -75,13 +102,15 @@ def render_folder(ct_dir: Path, out: Path, config: RenderConfig, on_defect: str,
 
         for (path, one), ready in _one_ahead(reader, read, todo):
             bar.set_description(one.origin.patient_id)
+            began_s = time.monotonic()
             try:
                 _render_volume(ready.result(), path, config, bar)
+                dataset.add(out, dataset.line_of(path, time.monotonic() - began_s))
                 summary.rendered += 1
             except SeriesRejected as error:
                 bar.total -= num_views
                 with tqdm.external_write_mode():
-                    _reject(one, error, summary)
+                    dataset.reject(out, _reject(one, error, ct_dir, summary))
     return summary
 
 
@@ -105,22 +134,33 @@ def _one_ahead(
     yield from coming
 
 
-def _reject(entry: catalog.Entry, error: SeriesRejected, summary: Summary) -> None:
+def _reject(entry: catalog.Entry, error: SeriesRejected, ct_dir: Path, summary: Summary) -> dataset.Rejection:
     name = f"{entry.origin.patient_id} {entry.origin.series_uid}".strip()
     cure = "; --on-defect repair renders it" if all(one.repair for one in error.defects) else ""
     print(f"rejected {name} in {printable(entry.path)}: {error}{cure}", file=sys.stderr)
     summary.rejected += 1
+    origin, codes = entry.origin, [one.code for one in error.defects]
+    where = printable(entry.path.relative_to(ct_dir))
+    return dataset.Rejection(
+        shards.file_name(origin), origin.patient_id, origin.series_uid, where, codes, printable(error)
+    )
 
 
-def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refused: bool) -> bool:
-    """Whether the shard is there, of this CT as it is now. Where it is not but its name is taken, a line says why."""
+def _finished(
+    path: Path, known: dataset.Line | None, entry: catalog.Entry, config: RenderConfig, is_refused: bool
+) -> dataset.Line | None:
+    """The shard's line, where it is there and of this CT as it is now. Where it is not but its name is taken, a line
+    says why.
+
+    known: what the folder's manifest says of it.
+    """
     if not path.exists():
-        return False
+        return None
     try:
         shard = shards.Shard(path)
     except InputError as error:
         print(f"rendering again: {error}", file=sys.stderr)
-        return False
+        return None
     with shard:
         if not config.made(shard.config_json):
             raise InputError(
@@ -128,9 +168,10 @@ def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refu
                 "choose another --out, or --overwrite"
             )
         difference = _difference(shard, entry)
-    if difference and not is_refused:
-        print(f"rendering again: {path}: {difference}", file=sys.stderr)
-    return not difference
+    line = None if difference else dataset.confirmed(path, known)
+    if line is None and not is_refused:
+        print(f"rendering again: {path}: {difference or f'not as {dataset.MANIFEST} has it'}", file=sys.stderr)
+    return line
 
 
 def _other(theirs: str, ours: str) -> str:

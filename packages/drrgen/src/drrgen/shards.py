@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from drrgen import __version__, attenuation, chunks, truncation
+from drrgen import __version__, attenuation, chunks, temporary, truncation
 from drrgen.beam import Beam, mono
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views, project
@@ -154,9 +153,9 @@ def create(
     the same for a `dataset` of no name. beam: None for one of 60 keV. materials: whether soft and bone images follow.
     """
     beam = mono(attenuation.ENERGY_KEV) if beam is None else beam
-    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    partial = temporary.name_for(path)
     try:
-        with h5py.File(temporary, "w") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with h5py.File(partial, "w") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
             _describe(file, volume, views, detectors, table_removed)
             for kind in (_WHOLE, _SOFT, _BONE) if materials else (_WHOLE,):
                 _make_room(file, kind, len(views), detectors)
@@ -181,10 +180,10 @@ def create(
             for images, count in writer.saturated.items():
                 file[images].attrs["saturated_count"] = count
             file.attrs["complete"] = True
-        if found := violations(temporary):
+        if found := violations(partial):
             raise OSError(f"{path}: what was written is not what was meant: {found[0]}")
-        _sync(temporary)
-        os.replace(temporary, path)
+        _sync(partial)
+        os.replace(partial, path)
         _sync(path.parent)
     except (OSError, RuntimeError) as error:
         # on a full disk closing the file fails as well, and HDF5 says why in words only
@@ -194,7 +193,7 @@ def create(
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Detector], table_removed: bool) -> None:
@@ -289,10 +288,13 @@ class Shard:
         attributes, views = self._file.attrs, self._file["views"]
         self.patient_id, self.config_json = attributes["patient_id"], attributes["config_json"]
         self.kind, self.created_by = attributes["kind"], attributes["created_by"]
+        self.config_sha256, self.dataset = attributes["config_sha256"], attributes.get("dataset", "")
         self.licence, self.attribution = attributes["licence"], attributes["attribution"]
         self.azimuth_deg, self.elevation_deg = views["azimuth_deg"][:], views["elevation_deg"][:]
         self.levels = [int(size) for size in views.attrs["levels"]]
+        self.saturated = int(self._file[f"images/{self.levels[0]}"].attrs["saturated_count"])
         ct = self._file["ct"].attrs if "ct" in self._file else {}
+        self.series_uid = str(ct.get("series_uid", ""))
         self.ct_shape = tuple(int(side) for side in ct.get("shape", ()))
         self.defects = json.loads(ct.get("defects", "[]"))
         self.has_nodules = "nodules" in self._file
