@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -46,7 +46,7 @@ class Line:
     dataset: str
     licence: str
     attribution: str
-    seconds: float | None
+    seconds: float | int | None
     finished: str
 
     def __post_init__(self) -> None:
@@ -68,6 +68,10 @@ class Rejection:
     path: str
     codes: list[str]
     message: str
+
+    def __post_init__(self) -> None:
+        if not self.codes:
+            raise ValueError("codes is []")
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,16 @@ def violations(path: Path, line: Line | None) -> list[str]:
 def read(folder: Path) -> Records:
     """What the folder's files say; those that are not there say nothing. Raises InputError where one is damaged."""
     named = _object(folder / SPLITS) or {"rule": None, "patients": {}}
-    patients = named.get("patients")
-    if not isinstance(patients, dict) or any(one not in splits.SPLITS for one in patients.values()):
-        wanted = ", ".join(splits.SPLITS)
-        raise InputError(f"{folder / SPLITS}: `patients` does not say {wanted} of each: delete the file, and {_CURE}")
+    rule, patients = named.get("rule", 0), named.get("patients")
+    if (
+        not isinstance(rule, str | None)
+        or not isinstance(patients, dict)
+        or any(one not in splits.SPLITS for one in patients.values())
+    ):
+        raise InputError(
+            f"{folder / SPLITS}: it does not say `rule`, and one of {', '.join(splits.SPLITS)} of each of `patients`: "
+            f"delete the file, and {_CURE}"
+        )
     about = _object(folder / DATASET) or {"schema": SCHEMA, "schema_version": VERSION, "planned": []}
     schema, version, planned = (about.get(name) for name in ("schema", "schema_version", "planned"))
     if schema != SCHEMA or str(version).split(".")[0] != VERSION.split(".")[0]:
@@ -193,7 +203,7 @@ def read(folder: Path) -> Records:
     return Records(
         lines={one.file: one for one in _lines(folder / MANIFEST, Line)},
         rejected={one.file: one for one in _lines(folder / REJECTED, Rejection)},
-        rule=named.get("rule"),
+        rule=rule,
         patients=patients,
         planned=frozenset(planned),
         config=about.get("config"),
@@ -290,7 +300,7 @@ def _write(folder: Path, records: Records) -> None:
         raise InputError(f"{folder / SPLITS} is gone: {_CURE}")
     lines = sorted(records.lines.values(), key=lambda line: line.file)
     rejected = [one for name, one in sorted(records.rejected.items()) if name not in records.lines]
-    # a patient whose shard is being made again keeps the place
+    # once listed, always: whose shard is being made again is read meanwhile, and nobody is moved
     patients = {line.patient_id: splits.split(line.patient_id, records.rule) for line in lines} | records.patients
     records = replace(records, patients=patients)
     told = {
@@ -317,14 +327,17 @@ def _write(folder: Path, records: Records) -> None:
         "planned": sorted(records.planned),
     }
     # the manifest first: whatever else is lost by a kill in between follows from it
-    _replace(folder / MANIFEST, "".join(json.dumps(asdict(one)) + "\n" for one in lines))
-    _replace(folder / REJECTED, "".join(json.dumps(asdict(one)) + "\n" for one in rejected))
-    _replace(folder / SPLITS, json.dumps({"rule": records.rule, "patients": dict(sorted(patients.items()))}, indent=1))
-    _replace(folder / DATASET, json.dumps(told, indent=1))
+    _replace(folder / MANIFEST, "".join(json.dumps(vars(one)) + "\n" for one in lines))
+    _replace(folder / REJECTED, "".join(json.dumps(vars(one)) + "\n" for one in rejected))
+    named = {"rule": records.rule, "patients": dict(sorted(patients.items()))}
+    _replace(folder / SPLITS, json.dumps(named, indent=1) + "\n")
+    _replace(folder / DATASET, json.dumps(told, indent=1) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
     """A file is whole after a loss of power, too; that the older one may be there again costs a line at most."""
+    if path.exists() and _text(path) == text:
+        return
     partial = temporary.name_for(path)
     try:
         with open(partial, "w", encoding="ascii") as file:
@@ -396,12 +409,12 @@ def _values(found: Any, kind: type) -> dict[str, Any]:
     for field in fields(kind):
         if field.name not in found:
             raise ValueError(f"no {field.name}")
-        value, wanted = found[field.name], field.type
-        is_list = get_origin(wanted) is list
-        if not (
-            isinstance(value, list) and all(isinstance(one, get_args(wanted)) for one in value)
-            if is_list
-            else isinstance(value, wanted)  # type: ignore[arg-type]
-        ):
-            raise ValueError(f"{field.name} is {value!r}")
+        if not _is_a(found[field.name], field.type):
+            raise ValueError(f"{field.name} is {found[field.name]!r}")
     return {field.name: found[field.name] for field in fields(kind)}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(one, get_args(kind)) for one in value)
+    return isinstance(value, kind)

@@ -133,7 +133,7 @@ def _sentences(found: Status) -> Iterator[str]:
         yield f"{len(found.left_over)} left over from processes that died: {_named(found.left_over)}"
     if found.views_per_s is not None and found.shards_per_hour is not None:
         left = f"; {found.hours_left:.1f} hours left" if found.missing else ""
-        yield f"{found.views_per_s:.3g} views/s, {found.shards_per_hour:.3g} shards/hour{left}"
+        yield f"{found.views_per_s:,.1f} views/s, {found.shards_per_hour:,.1f} shards/hour{left}"
 
 
 def _named(names: list[str]) -> str:
