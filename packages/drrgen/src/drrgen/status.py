@@ -132,7 +132,7 @@ def _sentences(found: Status) -> Iterator[str]:
     if found.left_over:
         yield f"{len(found.left_over)} left over from processes that died: {_named(found.left_over)}"
     if found.views_per_s is not None and found.shards_per_hour is not None:
-        left = f"; {found.hours_left:.1f} hours left" if found.missing else ""
+        left = f"; {found.hours_left:.3g} hours left" if found.missing else ""
         yield f"{found.views_per_s:,.1f} views/s, {found.shards_per_hour:,.1f} shards/hour{left}"
 
 
