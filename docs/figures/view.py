@@ -26,7 +26,7 @@ def main(ct_dir: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         render_folder(ct_dir, folder / "shards", RenderConfig(grid="5deg"), on_defect="reject", overwrite=False)
-        (path,) = (folder / "shards").iterdir()
+        (path,) = (folder / "shards").glob("*.h5")
         with Shard(path) as shard:
             print(view.html(shard, folder / "page.html", 24))
         shots = [folder / "desktop.png", folder / "phone.png"]

@@ -14,5 +14,5 @@ def shard_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_phantoms(folder / "ct", patients=1, seed=0, matrix=64, table=False)
     config = RenderConfig(grid="45deg", elevation="-45:45", size=64, levels=(64, 32))
     render_folder(folder / "ct", folder / "shards", config, on_defect="reject", overwrite=False)
-    (path,) = (folder / "shards").iterdir()
+    (path,) = (folder / "shards").glob("*.h5")
     return path

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from tests.drrgen.volumes import volume
 
-from drrgen import cli, dicom
+from drrgen import cli, dataset, dicom
 from drrgen.config import RenderConfig
+from drrgen.run import render_folder
 
 
 def drrgen(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -43,6 +44,7 @@ def ct_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = ("--grid", "45deg", "--size", 64, "--levels", "64,32", "--elevation", "-45:45")
+TINY = {"grid": "90deg", "size": 32}
 
 
 def test_phantoms_lie_as_tcia_downloads_do(ct_dir: Path) -> None:
@@ -55,7 +57,7 @@ def test_phantoms_lie_as_tcia_downloads_do(ct_dir: Path) -> None:
 def test_render_validate_view(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
     assert "2 rendered by cpu, 0 already finished" in capsys.readouterr().out
-    finished = sorted(Path("shards").iterdir())
+    finished = sorted(Path("shards").glob("*.h5"))
     assert len(finished) == 2
     assert run("validate", *finished) == 0
     before = [path.read_bytes() for path in finished]
@@ -79,7 +81,7 @@ def test_render_with_a_spectrum_and_materials(run, ct_dir: Path, capsys: pytest.
     shutil.copytree(next(ct_dir.glob("*/PHANTOM-0000")), "one/ct")
     for out, *options in (("mono",), ("chest", "--spectrum", "chest120", "--materials")):
         assert run("render", "--ct-dir", "one", *SMALL, "--out", out, *options) == 0
-    (mono,), (chest,) = (list(Path(out).iterdir()) for out in ("mono", "chest"))
+    (mono,), (chest,) = (list(Path(out).glob("*.h5")) for out in ("mono", "chest"))
     assert run("validate", mono, chest) == 0
     with h5py.File(mono) as a, h5py.File(chest) as b:
         difference = (b["images/64"][:].astype(float) - a["images/64"][:]) / 4096
@@ -96,9 +98,10 @@ def test_render_with_a_spectrum_and_materials(run, ct_dir: Path, capsys: pytest.
 
 
 def test_shards_from_before_there_was_a_choice_of_beam_are_finished(run, ct_dir: Path, capsys) -> None:
-    """The first version rendered at 60 keV and had no word for it."""
+    """The first version rendered at 60 keV and had no word for it, and no manifest."""
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
-    for path in Path("shards").iterdir():
+    Path("shards/manifest.jsonl").unlink()
+    for path in Path("shards").glob("*.h5"):
         with h5py.File(path, "r+") as file:
             known = json.loads(file.attrs["config_json"])
             assert {name: known.pop(name) for name in ("energy_kev", "spectrum", "materials")} == {
@@ -121,7 +124,7 @@ def test_a_shard_of_unreadable_settings_was_made_with_others(config_json: str) -
 
 def test_a_broken_shard_is_rendered_again(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
-    first, _ = sorted(Path("shards").iterdir())
+    first, _ = sorted(Path("shards").glob("*.h5"))
     whole = first.read_bytes()
     first.write_bytes(whole[:-1000])
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
@@ -155,7 +158,7 @@ def test_a_patient_with_and_without_a_table_are_two_series(run, capsys: pytest.C
 
 def test_an_odd_size_has_one_level(run, ct_dir: Path) -> None:
     assert run("render", "--ct-dir", ct_dir, "--grid", "90deg", "--size", 65) == 0
-    assert run("validate", *Path("shards").iterdir()) == 0
+    assert run("validate", *Path("shards").glob("*.h5")) == 0
 
 
 def test_a_full_disk_is_one_line(ct_dir: Path, tmp_path: Path) -> None:
@@ -200,6 +203,10 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("render", "--ct-dir", ".", "--spectrum", "carm80", "--energy", 60), "choose one of them"),
         (("validate", "nowhere.h5"), "no such shard"),
         (("validate", "text.h5"), "not a readable HDF5 file"),
+        (("validate", "empty"), "no shards in there"),
+        (("status",), "no shards in there"),
+        (("status", "--out", "empty"), "no shards in there"),
+        (("render", "--ct-dir", "ct", "--splits", "random"), "hash, lidc-idri-drr"),
         (("view", "nowhere.h5", "--sheet", "x.png"), "no such shard"),
         (("view", "incomplete.h5", "--sheet", "x.png"), "render it again"),
         (("view", "whole.h5", "--sheet", "x.xyz"), ".png"),
@@ -212,6 +219,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, ct_dir: Path, arguments, cure: str, capsys) -> None:
     Path("text.h5").write_text("no shard")
+    Path("empty").mkdir()
     if "ct" in arguments or "whole.h5" in arguments or "incomplete.h5" in arguments:
         Path("ct").symlink_to(ct_dir)
         golden = Path(__file__).parents[1] / "contract" / "golden" / "1.0" / "tiny.h5"
@@ -229,12 +237,105 @@ def test_unknown_options_exit_with_2(run) -> None:
 
 def test_validate_names_the_bad_one(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
-    good, bad = sorted(Path("shards").iterdir())
+    good, bad = sorted(Path("shards").glob("*.h5"))
     with h5py.File(bad, "r+") as file:
         file["images/64"][0, 0, 0] += 100
     capsys.readouterr()
     assert run("validate", good, bad) == 1
     assert capsys.readouterr().out.splitlines()[:2] == [f"{good}: ok", f"{bad}: 2 violations"]
+
+
+def test_a_folder_is_validated_by_its_manifest(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """A shard that is sound in itself is not the one that was written; another is gone. Both are made again."""
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    assert run("validate", "shards") == 0
+    manifest = Path("shards/manifest.jsonl").read_text()
+    first, second = sorted(Path("shards").glob("*.h5"))
+    with h5py.File(first, "r+") as file:
+        file.attrs["mood"] = "good"
+    second.rename("elsewhere.h5")
+    capsys.readouterr()
+    assert run("validate", first) == 0
+    assert run("validate", "shards", "elsewhere.h5") == 1
+    shown = capsys.readouterr().out.splitlines()[1:]
+    assert shown == [
+        f"{first}: 1 violations",
+        "  its sha256 is not that of manifest.jsonl: delete it, and the same `drrgen render` makes it again",
+        f"{second}: 1 violations",
+        "  manifest.jsonl lists it, and it is gone: the same `drrgen render` makes it again",
+        "elsewhere.h5: ok",
+    ]
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    assert f"rendering again: {first}: not as manifest.jsonl has it" in capsys.readouterr().err
+    assert run("validate", "shards") == 0
+
+    def hashes(text: str) -> list[str]:
+        return [json.loads(line)["sha256"] for line in text.splitlines()]
+
+    assert hashes(Path("shards/manifest.jsonl").read_text()) == hashes(manifest)
+
+
+def test_a_run_that_is_killed_between_name_and_line_loses_nothing(run, ct_dir: Path, monkeypatch, capsys) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "add", die)
+        with pytest.raises(KeyboardInterrupt):
+            render_folder(ct_dir, Path("shards"), RenderConfig(**TINY), on_defect="reject", overwrite=False)
+    (named,) = Path("shards").glob("*.h5")
+    assert run("status") == 1
+    assert "1 missing" in (shown := capsys.readouterr().out)
+    assert "1 of the done are not in manifest.jsonl" in shown
+    summary = render_folder(ct_dir, Path("shards"), RenderConfig(**TINY), on_defect="reject", overwrite=False)
+    assert (summary.rendered, summary.skipped) == (1, 1)
+    assert dataset.read(Path("shards")).lines[named.name].seconds is None
+    assert run("validate", "shards") == 0
+
+
+def test_finished_shards_are_not_read_again(run, ct_dir: Path, monkeypatch) -> None:
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
+
+
+def test_status_from_the_first_run_to_the_last(run, tmp_path: Path, ct_dir: Path, capsys) -> None:
+    dicom.write_series(tmp_path / "ct" / "gap", volume(series_uid="1.9"), "noise")
+    (tmp_path / "ct" / "gap" / "1-003.dcm").unlink()
+    shutil.copytree(next(ct_dir.glob("*/PHANTOM-0000")), tmp_path / "ct" / "good")
+    assert run("render", "--ct-dir", "ct", *SMALL, "--keep-table") == 1
+    (rejected,) = (json.loads(line) for line in Path("shards/rejected.jsonl").read_text().splitlines())
+    assert (rejected["patient_id"], rejected["series_uid"]) == ("TEST-01", "1.9")
+    assert (rejected["path"], rejected["codes"]) == ("gap", ["missing-slices"])
+    assert "missing-slices: 1 missing between the others" in rejected["message"]
+    capsys.readouterr()
+    assert run("status") == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"^ all +1 +1 +24 *$", shown, re.MULTILINE)
+    assert "shards: 1 done, " in shown
+    assert "1 rejected: 1 missing-slices; rejected.jsonl names them" in shown
+    assert "missing:" not in shown
+
+    assert run("render", "--ct-dir", "ct", *SMALL, "--keep-table", "--on-defect", "repair") == 0
+    capsys.readouterr()
+    assert run("status", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shards"], found["views"], found["rejected"], found["missing"]) == (2, 48, {}, [])
+    assert found["views_per_s"] > 0
+
+    for path in Path("shards").glob("*.json*"):
+        path.unlink()
+    assert run("status", "--out", "shards") == 0
+    assert "2 of the done are not in manifest.jsonl" in capsys.readouterr().out
+
+
+def test_a_folder_is_split_by_one_rule(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--splits", "lidc-idri-drr") == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("shards").iterdir()}
+    capsys.readouterr()
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--overwrite") == 2
+    assert "by the rule lidc-idri-drr, not hash: give --splits lidc-idri-drr" in one_line(capsys)
+    assert {path: path.stat().st_mtime_ns for path in Path("shards").iterdir()} == before
 
 
 def test_validate_goes_on_after_a_file_that_is_no_shard(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -31,6 +31,13 @@ def test_adding_patients_moves_nobody(make_shards: Callable[..., Path]) -> None:
     assert {shard.patient_id for shard in few} <= {shard.patient_id for shard in more}
 
 
+def test_the_splits_beside_the_shards_decide(make_shards: Callable[..., Path]) -> None:
+    folder = make_shards(patients=3)
+    (folder / "splits.json").write_text('{"rule": "x", "patients": {"P-00": "test", "P-01": "train", "P-02": "val"}}')
+    train, val = training_shards(open_folder(folder))
+    assert [[shard.patient_id for shard in some] for some in (train, val)] == [["P-01"], ["P-02"]]
+
+
 def test_one_patient_is_not_enough(make_shards: Callable[..., Path]) -> None:
     shards = open_folder(make_shards(patients=1))
     with pytest.raises(InputError, match=r"one patient only \(P-00\)"):

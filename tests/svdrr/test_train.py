@@ -16,7 +16,8 @@ from torch import nn
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
 from svdrr.pipeline import SVDRRPipeline
-from svdrr.train import schedule, train, update_average
+from svdrr.shards import open_folder
+from svdrr.train import data_digest, schedule, train, update_average
 
 KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock"}
 
@@ -115,6 +116,13 @@ def test_another_config_or_other_shards_are_refused(
         train(replace(tiny, seed=1), shards, run)
     with pytest.raises(InputError, match=r"its shards are .*, not .*: give another --out"):
         train(tiny, make_shards(patients=4), run)
+
+
+def test_a_run_goes_on_with_the_split_that_it_began_with(shards: Path) -> None:
+    """Shards for tests come and go; one that moves from training to validation makes another run."""
+    one, two, three = open_folder(shards)[:3]
+    assert data_digest([one, two], [three]) != data_digest([one], [two, three]) != data_digest([one], [two])
+    assert data_digest([one], [two]) == data_digest([one], [two])
 
 
 def test_without_validation_patients_it_says_so_and_goes_on(

@@ -106,6 +106,9 @@ def render(
     dataset_name: Annotated[str | None, typer.Option(help="Name of the data set, for the shards.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the CTs. [default: known for LIDC-IDRI]")] = None,
     attribution: Annotated[str | None, typer.Option(help="Whom to cite for them. [default: as above]")] = None,
+    splits: Annotated[
+        str, typer.Option(help="Who is trained on: hash, or lidc-idri-drr, which tests on its published patients.")
+    ] = "hash",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render finished shards again.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="CTs rendered at a time; each takes its own memory.")] = 1,
     part: Annotated[str, typer.Option(help="Only the i-th of n parts of the CTs, from 0 on, as i/n.")] = "0/1",
@@ -128,7 +131,15 @@ def render(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends stops as cleanly as Ctrl-C
     try:
         summary = run.render_folder(
-            ct_dir, out, config, on_defect, overwrite, part=_part(part), num_workers=workers, engine=engine
+            ct_dir,
+            out,
+            config,
+            on_defect,
+            overwrite,
+            rule=splits,
+            part=_part(part),
+            num_workers=workers,
+            engine=engine,
         )
     except KeyboardInterrupt:
         print("drrgen: stopped; the same command goes on from here", file=sys.stderr)
@@ -148,24 +159,49 @@ def render(
 
 
 @app.command()
-def validate(shards: Annotated[list[Path], typer.Argument(help="Shard files.")]) -> None:
-    """Check shards against every MUST of the schema, checksums and pyramid included; exit code 1 where one fails."""
-    from drrgen import cores
-    from drrgen.shards import violations
+def validate(
+    shards: Annotated[list[Path], typer.Argument(help="Shard files, or folders of them with their manifest.")],
+) -> None:
+    """Check shards against every MUST of the schema, checksums and pyramid included; exit code 1 where one fails.
+
+    A folder's shards are checked against its manifest, too: each must be there, byte for byte.
+    """
+    from drrgen import cores, dataset
 
     exit_code = 0
-    for path in shards:
+    for path, line in dataset.listed(shards):
         try:
-            found = violations(path, cores.usable())
+            found = dataset.violations(path, line, cores.usable())
         except InputError as error:
             print(f"drrgen: {error}", file=sys.stderr)
             exit_code = 2
             continue
         print(f"{path}: {'ok' if not found else f'{len(found)} violations'}")
-        for line in found:
-            print(f"  {line}")
+        for violation in found:
+            print(f"  {violation}")
         exit_code = max(exit_code, int(bool(found)))
     sys.exit(exit_code)
+
+
+@app.command()
+def status(
+    out: Annotated[Path, typer.Option(help="Folder that `render --out` writes to.")] = Path("shards"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Say how far a folder of shards is: what is done, rejected, missing or damaged, and how fast it goes.
+
+    Damage is judged by the size of files: `validate` reads them.
+
+    Exit code 0 where nothing is missing or rejected, else 1.
+    """
+    from drrgen import status
+
+    found = status.status(out)
+    if as_json:
+        print(status.to_json(found))
+    else:
+        status.print_table(found)
+    sys.exit(0 if found.is_done else 1)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from drrgen import body, catalog, exposure, grid, lidc, projectors, shards
+from drrgen import body, catalog, dataset, exposure, grid, lidc, projectors, shards
 from drrgen.config import RenderConfig
 from drrgen.defects import Defect, SeriesRejected
 from drrgen.errors import InputError
@@ -65,12 +65,11 @@ class Said:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A shard is finished, checked and has its name. seconds: from the first view to the name; stages: by stage."""
+    """A shard is finished, checked, named, and in the manifest. stages: seconds by stage."""
 
     path: Path
     num_views: int
     num_bytes: int
-    seconds: float
     stages: dict[str, float]
 
 
@@ -134,10 +133,9 @@ class _Ready:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A shard that is written but for its name. begun: when the first view was cast."""
+    """A shard that is written but for its name. begun: when nothing else was cast any more."""
 
     writer: shards.Writer
-    num_views: int
     stages: Stages
     begun: float
 
@@ -164,8 +162,9 @@ def _draft(job: Job, reading: Future[_Ready], config: RenderConfig, num_threads:
         report(Cast(num_views))
 
     report(Begun(job.entry.origin.patient_id))
+    begun = time.perf_counter()
     try:
-        return _store(job.path, reading.result(), config, num_threads, count, report)
+        return _store(job.path, reading.result(), begun, config, num_threads, count, report)
     except SeriesRejected as error:
         report(Refused(job.path, error, num_cast))
     except (InputError, OSError):
@@ -181,7 +180,13 @@ def _draft(job: Job, reading: Future[_Ready], config: RenderConfig, num_threads:
 
 
 def _store(
-    path: Path, ready: _Ready, config: RenderConfig, num_threads: int, count: Callable[[int], None], report: Report
+    path: Path,
+    ready: _Ready,
+    begun: float,
+    config: RenderConfig,
+    num_threads: int,
+    count: Callable[[int], None],
+    report: Report,
 ) -> _Draft:
     volume, stages, entry = ready.volume, ready.stages, ready.entry
     azimuth_deg, elevation_deg = grid.directions(config.grid, config.azimuth, config.elevation)
@@ -190,7 +195,6 @@ def _store(
         projector = projectors.get(config.projector)
         project = exposure.prepare(projector, volume.hu, volume.voxel_from_world, config.beam, config.materials)
     sizes = [detector.shape for detector in config.detectors]
-    begun = time.perf_counter()
     with (
         shards.draft(
             path,
@@ -225,15 +229,17 @@ def _store(
             storing.result()
     if saturated := writer.saturated[f"images/{config.size}"]:
         report(Said(f"{path}: {saturated} pixels are at the end of the scale, a line integral of 16"))
-    return _Draft(writer, len(views), stages, begun)
+    return _Draft(writer, stages, begun)
 
 
 def _finish(drafted: _Draft, num_threads: int) -> Rendered:
+    path = drafted.writer.path
     with drafted.stages("check"):
         shards.publish(drafted.writer, num_threads)
-    path = drafted.writer.path
-    seconds = time.perf_counter() - drafted.begun
-    return Rendered(path, drafted.num_views, path.stat().st_size, seconds, dict(drafted.stages.seconds))
+    with drafted.stages("list"):
+        line = dataset.line_of(path, time.perf_counter() - drafted.begun)
+        dataset.add(path.parent, line)
+    return Rendered(path, line.views, line.bytes, dict(drafted.stages.seconds))
 
 
 def _terms(entry: catalog.Entry, config: RenderConfig) -> dict[str, str]:

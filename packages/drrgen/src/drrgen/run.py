@@ -9,7 +9,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from drrgen import anatomy, catalog, cluster, cores, dicom, grid, phantom, pipeline, processes, shards
+from drrgen import (
+    anatomy,
+    catalog,
+    cluster,
+    cores,
+    dataset,
+    dicom,
+    grid,
+    phantom,
+    pipeline,
+    processes,
+    shards,
+    splits,
+    temporary,
+)
 from drrgen.config import RenderConfig
 from drrgen.defects import POLICIES, SeriesRejected, printable
 from drrgen.errors import InputError
@@ -42,6 +56,7 @@ def render_folder(
     on_defect: str,
     overwrite: bool,
     *,
+    rule: str = "hash",
     part: tuple[int, int] = (0, 1),
     num_workers: int = 1,
     engine: str = "local",
@@ -49,8 +64,9 @@ def render_folder(
     """Render every CT below `ct_dir` to a shard in `out`; finished shards of the same settings are left alone.
 
     on_defect, one of POLICIES, is no part of the settings: it makes no difference to a series without defects.
-    part: (i, n) for the i-th of n parts of the CTs. num_workers: CTs rendered at a time, by processes of their own.
-    Raises InputError where there is no CT, or `out` holds a shard of other settings and `overwrite` is not set.
+    rule: one of splits.RULES. part: (i, n) for the i-th of n parts of the CTs. num_workers: CTs rendered at a time, by
+    processes of their own. Raises InputError where there is no CT, or `out` holds a shard of other settings and
+    `overwrite` is not set, or patients split by another rule.
     """
     if on_defect not in POLICIES:
         raise InputError(f"--on-defect {on_defect!r} does not exist: choose one of {', '.join(POLICIES)}")
@@ -58,30 +74,48 @@ def render_folder(
         raise InputError(f"--engine {engine!r} does not exist: choose one of {', '.join(ENGINES)}")
     if engine == "ray":
         cluster.require_ray()
+    splits.check_rule(rule)
     entries = catalog.scan(ct_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be a folder for shards ({error.strerror}): choose another") from error
+    temporary.sweep(out)
 
-    summary, jobs = Summary(), []
-    for one in [one for one in entries if one.copy_of is None][part[0] :: part[1]]:
-        job = Job(out / shards.file_name(one.origin), (one, *catalog.copies(entries, one)))
-        if not overwrite and _is_finished(job.path, one, config, is_refused=bool(one.refused(on_defect))):
+    all_jobs = [
+        Job(out / shards.file_name(one.origin), (one, *catalog.copies(entries, one)))
+        for one in entries
+        if one.copy_of is None
+    ]
+    known = dataset.read(out).lines
+    summary, jobs, finished, rejections = Summary(), [], [], []
+    for job in tqdm(all_jobs[part[0] :: part[1]], desc="finished shards", delay=5, leave=False):
+        refused = job.entry.refused(on_defect)
+        line = None if overwrite else _finished(job, known.get(job.path.name), config, is_refused=bool(refused))
+        if line:
             summary.skipped += 1
-        elif refused := one.refused(on_defect):
-            _reject(one, SeriesRejected(*refused), summary)
+            finished.append(line)
+        elif refused:
+            rejections.append(_reject(job, SeriesRejected(*refused), ct_dir, summary))
         else:
             jobs.append(job)
+    planned = [job.path.name for job in all_jobs if not job.entry.refused(on_defect)]
+    planned += [line.file for line in finished]
+    todo = [job.path.name for job in jobs]
+    dataset.begin(out, rule, config.to_json(), planned=planned, finished=finished, todo=todo)
+    dataset.reject(out, *rejections)
 
     start, used = time.perf_counter(), _processor_seconds()
-    with _Board(config, jobs, summary) as board:
-        if engine == "ray":
-            cluster.render_jobs(jobs, config, on_defect, board.show)
-        elif num_workers > 1:
-            processes.render_jobs(jobs, config, on_defect, cores.usable(), num_workers, board.show)
-        else:
-            pipeline.render_jobs(jobs, config, on_defect, cores.usable(), board.show)
+    try:
+        with _Board(config, jobs, ct_dir, summary) as board:
+            if engine == "ray":
+                cluster.render_jobs(jobs, config, on_defect, board.show)
+            elif num_workers > 1:
+                processes.render_jobs(jobs, config, on_defect, cores.usable(), num_workers, board.show)
+            else:
+                pipeline.render_jobs(jobs, config, on_defect, cores.usable(), board.show)
+    finally:
+        temporary.sweep(out)  # of workers that died
     summary.seconds = time.perf_counter() - start
     if engine == "local" and jobs:
         summary.busy = (_processor_seconds() - used) / (summary.seconds * cores.usable())
@@ -91,9 +125,10 @@ def render_folder(
 class _Board:
     """What the person who waits is shown: a bar that counts views, and lines above it."""
 
-    def __init__(self, config: RenderConfig, jobs: list[Job], summary: Summary) -> None:
+    def __init__(self, config: RenderConfig, jobs: list[Job], ct_dir: Path, summary: Summary) -> None:
         self._num_views = len(grid.directions(config.grid, config.azimuth, config.elevation)[0])
         self._jobs = {job.path: job for job in jobs}
+        self._ct_dir = ct_dir
         self._summary = summary
         self._bar = tqdm(total=len(jobs) * self._num_views, unit="view", disable=not jobs)
 
@@ -122,7 +157,7 @@ class _Board:
                 bar.total -= self._num_views
                 bar.update(-num_cast)
                 with tqdm.external_write_mode():
-                    _reject(self._jobs[path].entry, error, summary)
+                    dataset.reject(path.parent, _reject(self._jobs[path], error, self._ct_dir, summary))
 
 
 def _processor_seconds() -> float:
@@ -131,22 +166,31 @@ def _processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def _reject(entry: catalog.Entry, error: SeriesRejected, summary: Summary) -> None:
+def _reject(job: Job, error: SeriesRejected, ct_dir: Path, summary: Summary) -> dataset.Rejection:
+    entry = job.entry
     name = f"{entry.origin.patient_id} {entry.origin.series_uid}".strip()
     cure = "; --on-defect repair renders it" if all(one.repair for one in error.defects) else ""
     print(f"rejected {name} in {printable(entry.path)}: {error}{cure}", file=sys.stderr)
     summary.rejected += 1
+    origin, codes = entry.origin, [one.code for one in error.defects]
+    where = printable(entry.path.relative_to(ct_dir))
+    return dataset.Rejection(job.path.name, origin.patient_id, origin.series_uid, where, codes, printable(error))
 
 
-def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refused: bool) -> bool:
-    """Whether the shard is there, of this CT as it is now. Where it is not but its name is taken, a line says why."""
+def _finished(job: Job, known: dataset.Line | None, config: RenderConfig, is_refused: bool) -> dataset.Line | None:
+    """The shard's line, where it is there and of this CT as it is now. Where it is not but its name is taken, a line
+    says why.
+
+    known: what the folder's manifest says of it.
+    """
+    path, entry = job.path, job.entry
     if not path.exists():
-        return False
+        return None
     try:
         shard = shards.Shard(path)
     except InputError as error:
         print(f"rendering again: {error}", file=sys.stderr)
-        return False
+        return None
     with shard:
         if not config.made(shard.config_json):
             raise InputError(
@@ -154,9 +198,10 @@ def _is_finished(path: Path, entry: catalog.Entry, config: RenderConfig, is_refu
                 "choose another --out, or --overwrite"
             )
         difference = _difference(shard, entry)
-    if difference and not is_refused:
-        print(f"rendering again: {path}: {difference}", file=sys.stderr)
-    return not difference
+    line = None if difference else dataset.confirmed(path, known)
+    if line is None and not is_refused:
+        print(f"rendering again: {path}: {difference or f'not as {dataset.MANIFEST} has it'}", file=sys.stderr)
+    return line
 
 
 def _other(theirs: str, ours: str) -> str:

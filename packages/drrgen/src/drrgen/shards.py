@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from drrgen import __version__, attenuation, chunks, truncation
+from drrgen import __version__, attenuation, chunks, temporary, truncation
 from drrgen.beam import Beam, mono
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views, project
@@ -95,14 +94,14 @@ def file_name(origin: Origin) -> str:
 class Writer:
     """Appends batches of views to a shard under way; made by `draft`.
 
-    temporary: where it is, until it is published as `path`. saturated: pixels at the scale's end by dataset, such as
+    partial: where it is, until it is published as `path`. saturated: pixels at the scale's end by dataset, such as
     images/512.
     """
 
     def __init__(
-        self, path: Path, temporary: Path, file: h5py.File, levels: list[int], pool: ThreadPoolExecutor, stages: Stages
+        self, path: Path, partial: Path, file: h5py.File, levels: list[int], pool: ThreadPoolExecutor, stages: Stages
     ) -> None:
-        self.path, self.temporary = path, temporary
+        self.path, self.partial = path, partial
         self._file = file
         self._pool = pool
         self._stages = stages
@@ -173,10 +172,10 @@ def draft(
     soft and bone images follow.
     """
     beam = mono(attenuation.ENERGY_KEV) if beam is None else beam
-    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    partial = temporary.name_for(path)
     with (
-        _removed_on_failure(temporary, path),
-        h5py.File(temporary, "w") as file,
+        _removed_on_failure(partial, path),
+        h5py.File(partial, "w") as file,
         ThreadPoolExecutor(num_threads) as pool,
     ):
         _describe(file, volume, views, detectors, table_removed)
@@ -198,7 +197,7 @@ def draft(
             licence=licence,
             attribution=attribution,
         )
-        writer = Writer(path, temporary, file, [detector.shape for detector in detectors], pool, stages or Stages())
+        writer = Writer(path, partial, file, [detector.shape for detector in detectors], pool, stages or Stages())
         yield writer
         for images, count in writer.saturated.items():
             file[images].attrs["saturated_count"] = count
@@ -207,21 +206,21 @@ def draft(
 
 def publish(writer: Writer, num_threads: int = 1) -> None:
     """Check what was drafted, bring it to disk, and give it its name. Raises OSError where it is not what was meant."""
-    with _removed_on_failure(writer.temporary, writer.path):
-        if found := violations(writer.temporary, num_threads):
+    with _removed_on_failure(writer.partial, writer.path):
+        if found := violations(writer.partial, num_threads):
             raise OSError(f"{writer.path}: what was written is not what was meant: {found[0]}")
-        _sync(writer.temporary)
-        os.replace(writer.temporary, writer.path)
+        _sync(writer.partial)
+        os.replace(writer.partial, writer.path)
         _sync(writer.path.parent)
 
 
 @contextmanager
-def _removed_on_failure(temporary: Path, path: Path) -> Iterator[None]:
+def _removed_on_failure(partial: Path, path: Path) -> Iterator[None]:
     """A file that goes when the block fails, with an error that names what it was to become."""
     try:
         yield
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         if not isinstance(error, OSError | RuntimeError):
             raise
         # on a full disk closing the file fails as well, and HDF5 says why in words only
@@ -324,10 +323,13 @@ class Shard:
         attributes, views = self._file.attrs, self._file["views"]
         self.patient_id, self.config_json = attributes["patient_id"], attributes["config_json"]
         self.kind, self.created_by = attributes["kind"], attributes["created_by"]
+        self.config_sha256, self.dataset = attributes["config_sha256"], attributes.get("dataset", "")
         self.licence, self.attribution = attributes["licence"], attributes["attribution"]
         self.azimuth_deg, self.elevation_deg = views["azimuth_deg"][:], views["elevation_deg"][:]
         self.levels = [int(size) for size in views.attrs["levels"]]
+        self.saturated = int(self._file[f"images/{self.levels[0]}"].attrs["saturated_count"])
         ct = self._file["ct"].attrs if "ct" in self._file else {}
+        self.series_uid = str(ct.get("series_uid", ""))
         self.ct_shape = tuple(int(side) for side in ct.get("shape", ()))
         self.defects = json.loads(ct.get("defects", "[]"))
         self.has_nodules = "nodules" in self._file

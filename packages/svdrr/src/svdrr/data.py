@@ -1,8 +1,10 @@
 """Which patients are trained on, and which pairs of their views a training step sees; all of it repeatable."""
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +17,45 @@ from svdrr.pose import Views
 from svdrr.shards import Shard
 from svdrr.transformer import condition
 
+SPLITS = ("train", "val", "test")
+SPLITS_FILE = "splits.json"
+_CURE = "the same `drrgen render` puts that right"
+
 
 def split(patient_id: str) -> str:
-    """'train', 'val' or 'test', by the patient's name alone (docs/shard-schema.md, Splits)."""
+    """One of SPLITS, by the patient's name alone: the rule `hash` of docs/shard-schema.md (Splits)."""
     h = int(hashlib.sha256(f"drr-sphere:{patient_id}".encode()).hexdigest()[:8], 16) / 2**32
     return "train" if h < 0.8 else "val" if h < 0.9 else "test"
+
+
+def splits(shards: Sequence[Shard]) -> list[str]:
+    """The split of each shard: what the splits.json of its folder says, or, where there is none, `split`.
+
+    Raises InputError where that file is damaged, or does not say it of a patient.
+    """
+    known = {folder: _read_splits(folder / SPLITS_FILE) for folder in {shard.path.parent for shard in shards}}
+    return [_listed(shard, known[shard.path.parent]) for shard in shards]
+
+
+def _read_splits(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["patients"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not say who is in which split ({error!r}): delete it, and {_CURE}") from error
+
+
+def _listed(shard: Shard, patients: dict | None) -> str:
+    if patients is None:
+        return split(shard.patient_id)
+    found = patients.get(shard.patient_id)
+    if found not in SPLITS:
+        path, wanted = shard.path.with_name(SPLITS_FILE), ", ".join(SPLITS)
+        if found is None:
+            raise InputError(f"{path} does not list patient {shard.patient_id} of {shard.path.name}: {_CURE}")
+        raise InputError(f"{path}: patient {shard.patient_id} is in {found!r}, and there are {wanted}: correct that")
+    return found
 
 
 def training_shards(shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
@@ -27,10 +63,11 @@ def training_shards(shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
     patients = sorted({shard.patient_id for shard in shards})
     if len(patients) == 1:
         raise InputError(f"one patient only ({patients[0]}): a model is judged on others, so render more patients")
-    train = [shard for shard in shards if split(shard.patient_id) == "train"]
+    of = splits(shards)
+    train = [shard for shard, name in zip(shards, of, strict=True) if name == "train"]
     if not train:
         raise InputError(f"none of the {len(patients)} patients falls into the training split: render more patients")
-    return train, [shard for shard in shards if split(shard.patient_id) == "val"]
+    return train, [shard for shard, name in zip(shards, of, strict=True) if name == "val"]
 
 
 def step_seed(seed: int, stage: str, step: int) -> int:

@@ -55,7 +55,7 @@ def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max
     for shard in train_shards + val_shards:
         for stage in config.stages:
             shard.check_level(stage.size)
-    run = open_run(config, data_digest(shards), out)
+    run = open_run(config, data_digest(train_shards, val_shards), out)
     if run.finished:
         print(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.", file=sys.stderr)
         return run.folder
@@ -300,6 +300,6 @@ def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransfo
         pipeline.save_pretrained(partial)
 
 
-def data_digest(shards: Sequence[Shard]) -> str:
-    """SHA-256 of what the shards contain, in their order."""
-    return hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
+def data_digest(train: Sequence[Shard], val: Sequence[Shard]) -> str:
+    """SHA-256 of what the shards contain, in their order, and of which are for what."""
+    return hashlib.sha256(repr([[shard.digest for shard in some] for some in (train, val)]).encode()).hexdigest()

@@ -1,6 +1,5 @@
 """What all pictures share: the views' pixels at any size, directions, and files that are whole or absent."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from drrgen import temporary
 from drrgen.errors import InputError
 from drrgen.geometry import Float, view_axes
 from drrgen.shards import Shard
@@ -26,7 +26,7 @@ def check_suffix(option: str, path: Path, *suffixes: str) -> None:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name to write to that becomes `path` at the end, or vanishes where writing fails."""
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    partial = temporary.name_for(path)
     try:
         yield partial
         partial.replace(path)
