@@ -25,7 +25,8 @@ def prepare(
     look_up = LineIntegrals(beam)
 
     def project(views: Views, detector: Detector) -> NDArray[np.float32]:
-        water_mm, dense_mm = cast_water(views, detector), cast_dense(views, detector)
+        # neither is negative, but `cpu` adds changes that cancel in float32: beside a body it may fall a little below 0
+        water_mm, dense_mm = (np.maximum(cast(views, detector), 0) for cast in (cast_water, cast_dense))
         whole = look_up(water_mm, dense_mm)
         if not materials:
             return whole
