@@ -6,6 +6,7 @@ without one a phantom of a chest CT's shape. `--only` runs parts of it:
     views    time and error of every projector, at 256, 512 and 1024 pixels, in five views
     smooth   error against closed forms on Gaussian blobs, at three sizes of voxels
     sphere   the 2522 views of `5deg` at 512 pixels, with one thread and with all
+    beams    what spectra and materials cost beside one energy, and which part of them
     start    what the first call costs: importing, compiling, finding compiled
 """
 
@@ -25,12 +26,13 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 from tests.benchmarks import blobs, peers, report
 from tests.drrgen import joseph
 from tqdm import tqdm
 
-from drrgen import anatomy, body, dicom, grid, phantom, projectors
-from drrgen.attenuation import mu_per_mm
+from drrgen import anatomy, beam, body, dicom, exposure, grid, phantom, projectors
+from drrgen.attenuation import dense_part, mu_per_mm, water_part
 from drrgen.geometry import Detector, Float, Setup, Views
 
 # The rays of the preset `chest`, to a detector 1.2 times as far away: behind any patient. Some peers end rays there.
@@ -43,6 +45,8 @@ ANGLES_DEG = ((0, 0), (45, 0), (90, 0), (30, 30), (0, 80))
 NEIGHBOURS = 16
 # A call is repeated until these seconds are over, six times at most; the fastest counts. Of one view, of many.
 ONE_S, MANY_S = 3.0, 7.0
+# Of a sphere, for the part `beams`.
+BEAM_VIEWS = 62
 # A projector that needs longer for a view is not waited for.
 VIEW_S = 20.0
 SLOW = f"not run: over {VIEW_S:.0f} s a view"
@@ -130,6 +134,12 @@ class Sphere:
 
 
 @dataclass(frozen=True)
+class Beam:
+    what: str
+    processor_ms: float
+
+
+@dataclass(frozen=True)
 class Start:
     what: str
     empty_cache_s: float
@@ -139,7 +149,7 @@ class Start:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ct", nargs="?", type=Path)
-    parser.add_argument("--only", nargs="+", choices=["views", "smooth", "sphere", "start"])
+    parser.add_argument("--only", nargs="+", choices=["views", "smooth", "sphere", "beams", "start"])
     parser.add_argument(
         "--sphere", action="store_const", dest="only", const=["sphere"], help="the same as --only sphere"
     )
@@ -148,17 +158,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the CSV files, tables and the plot")
     parser.add_argument("--document", type=Path, help="put the tables between this document's markers")
     args = parser.parse_args()
-    parts = args.only or ["start", "sphere", "smooth", "views"]
+    parts = args.only or ["start", "sphere", "beams", "smooth", "views"]
     args.out.mkdir(parents=True, exist_ok=True)
     numba.set_num_threads(args.threads)
-    if {"views", "sphere"} & set(parts):
-        mu, world_from_voxel, name = read(args.ct)
+    if {"views", "sphere", "beams"} & set(parts):
+        hu, world_from_voxel, name = read(args.ct)
+        mu = mu_per_mm(hu)
     for part in parts:
         if part == "start":
             text = report.start_table(_written(args.out, part, measure_start()))
         elif part == "sphere":
             rows = _written(args.out, part, measure_sphere(mu, world_from_voxel, args.threads))
             text = f"{name}. {report.sphere_table(rows)}"
+        elif part == "beams":
+            rows = _written(args.out, part, measure_beams(hu, world_from_voxel))
+            text = f"{name}. {BEAM_VIEWS} views of 512 pixels, one thread.\n\n{report.beams_table(rows)}"
         elif part == "smooth":
             text = report.smooth_table(_written(args.out, part, measure_smooth(args.threads)))
         else:
@@ -185,10 +199,10 @@ def _written(folder: Path, part: str, rows: Iterator) -> list:
     return written
 
 
-def read(folder: Path | None) -> tuple[peers.Image, Float, str]:
-    """(attenuation in 1/mm [slice, row, column], world_from_voxel, what it is).
+def read(folder: Path | None) -> tuple[NDArray[np.int16], Float, str]:
+    """(HU [slice, row, column], world_from_voxel, what it is).
 
-    The outermost voxels are set to 0, so that it does not matter what a projector makes of a volume that ends in a
+    The outermost voxels are set to air, so that it does not matter what a projector makes of a volume that ends in a
     patient: it is a matter of definition, and differs between them.
     """
     if folder and folder.is_dir():
@@ -200,10 +214,10 @@ def read(folder: Path | None) -> tuple[peers.Image, Float, str]:
     spacing_mm = np.diag(world_from_voxel)[:3]
     if not (np.allclose(world_from_voxel[:3, :3], np.diag(spacing_mm)) and (spacing_mm > 0).all()):
         sys.exit(f"{folder}: not all peers can cast a CT whose axes are not the patient's")
-    mu = np.zeros(volume.hu.shape, np.float32)
-    mu[1:-1, 1:-1, 1:-1] = mu_per_mm(volume.hu)[1:-1, 1:-1, 1:-1]
+    hu = np.full(volume.hu.shape, -1000, np.int16)
+    hu[1:-1, 1:-1, 1:-1] = volume.hu[1:-1, 1:-1, 1:-1]
     across = " x ".join(f"{one:.3g}" for one in spacing_mm)
-    return mu, world_from_voxel, f"Volume: {name}, {' x '.join(map(str, mu.shape[::-1]))} voxels of {across} mm"
+    return hu, world_from_voxel, f"Volume: {name}, {' x '.join(map(str, hu.shape[::-1]))} voxels of {across} mm"
 
 
 def look(mu: peers.Image, world_from_voxel: Float, angles_deg) -> Views:
@@ -303,6 +317,42 @@ def measure_sphere(mu: peers.Image, world_from_voxel: Float, threads: int) -> It
             project(views[start : start + NEIGHBOURS], detector)
         yield Sphere(len(views), 512, number, time.perf_counter() - began, time.process_time() - busy)
     numba.set_num_threads(threads)
+
+
+def measure_beams(hu: NDArray[np.int16], world_from_voxel: Float) -> Iterator[Beam]:
+    """In batches, as `drrgen render` casts them."""
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    cast, frame, tube = projectors.get("cpu"), np.linalg.inv(world_from_voxel), beam.spectrum("chest120")
+    views = look(hu, world_from_voxel, np.transpose(grid.directions(f"fibonacci:{BEAM_VIEWS}")))
+    detector = Detector(512, SETUP.detector_mm / 512)
+    water, dense = (cast(part(hu), frame) for part in (water_part, dense_part))
+    batches = [views[start : start + NEIGHBOURS] for start in range(0, len(views), NEIGHBOURS)]
+    casts = {
+        "60 keV": exposure.prepare(cast, hu, frame, beam.mono(60)),
+        "`chest120`": exposure.prepare(cast, hu, frame, tube),
+        "of it: water part": water,
+        "of it: dense part": dense,
+        "`chest120` with materials": exposure.prepare(cast, hu, frame, tube, materials=True),
+    }
+    for what, project in casts.items():
+        yield Beam(what, _processor_ms(lambda project=project: [project(batch, detector) for batch in batches]))
+    look_up, integrals_mm = (
+        beam.LineIntegrals(tube),
+        [(water(batch, detector), dense(batch, detector)) for batch in batches],
+    )
+    yield Beam("one look-up", _processor_ms(lambda: [look_up(*pair) for pair in integrals_mm]))
+    numba.set_num_threads(threads)
+
+
+def _processor_ms(run: Callable[[], object]) -> float:
+    """A view, the least of four calls: the first one compiles and lays the volume out."""
+    seconds = []
+    for _ in range(4):
+        began = time.process_time()
+        run()
+        seconds.append(time.process_time() - began)
+    return 1e3 * min(seconds) / BEAM_VIEWS
 
 
 _FIRST_CALL = """

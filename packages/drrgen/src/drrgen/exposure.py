@@ -25,8 +25,10 @@ def prepare(
     look_up = LineIntegrals(beam)
 
     def project(views: Views, detector: Detector) -> NDArray[np.float32]:
-        # neither is negative, but `cpu` adds changes that cancel in float32: beside a body it may fall a little below 0
-        water_mm, dense_mm = (np.maximum(cast(views, detector), 0) for cast in (cast_water, cast_dense))
+        water_mm, dense_mm = cast_water(views, detector), cast_dense(views, detector)
+        for part_mm in (water_mm, dense_mm):
+            # nothing is negative, but `cpu` adds changes that cancel in float32, and may end a little below 0
+            np.maximum(part_mm, 0, out=part_mm)
         whole = look_up(water_mm, dense_mm)
         if not materials:
             return whole
