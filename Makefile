@@ -34,7 +34,7 @@ figures: demo/report.md  ## make the pictures and the table of the documentation
 	cp demo/demo.png docs/img/demo.png
 	$(BIN)/python docs/figures/readme.py demo/report.md README.md
 
-bench: .venv-bench/ready  ## time and error of the projectors beside RTK, plastimatch, nanodrr, DiffDRR (own venv, 22 minutes)
+bench: .venv-bench/ready  ## time and error of the projectors beside RTK, plastimatch, nanodrr, DiffDRR (own venv, 23 minutes)
 	.venv-bench/bin/python -m tests.benchmarks.projectors $(CT) --out bench --document docs/benchmarks.md
 	cp bench/benchmarks.png docs/img/benchmarks.png
 

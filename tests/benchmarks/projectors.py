@@ -6,6 +6,7 @@ without one a phantom of a chest CT's shape. `--only` runs parts of it:
     views    time and error of every projector, at 256, 512 and 1024 pixels, in five views
     smooth   error against closed forms on Gaussian blobs, at three sizes of voxels
     sphere   the 2522 views of `5deg` at 512 pixels, with one thread and with all
+    beams    what spectra and materials cost beside one energy, and which part of them
     start    what the first call costs: importing, compiling, finding compiled
 """
 
@@ -25,12 +26,13 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 from tests.benchmarks import blobs, peers, report
 from tests.drrgen import joseph
 from tqdm import tqdm
 
-from drrgen import anatomy, body, dicom, grid, phantom, projectors
-from drrgen.attenuation import mu_per_mm
+from drrgen import anatomy, beam, body, dicom, exposure, grid, phantom, projectors
+from drrgen.attenuation import dense_part, mu_per_mm, water_part
 from drrgen.geometry import Detector, Float, Setup, Views
 
 # The rays of the preset `chest`, to a detector 1.2 times as far away: behind any patient. Some peers end rays there.
@@ -43,6 +45,8 @@ ANGLES_DEG = ((0, 0), (45, 0), (90, 0), (30, 30), (0, 80))
 NEIGHBOURS = 16
 # A call is repeated until these seconds are over, six times at most; the fastest counts. Of one view, of many.
 ONE_S, MANY_S = 3.0, 7.0
+# Of a sphere, for the part `beams`.
+BEAM_VIEWS = 62
 # A projector that needs longer for a view is not waited for.
 VIEW_S = 20.0
 SLOW = f"not run: over {VIEW_S:.0f} s a view"
@@ -61,6 +65,12 @@ def central_ray(mu: peers.Image, world_from_voxel: Float, threads: int) -> peers
     return lambda views, detector: lambda: (math.nan, joseph.project(mu, voxel_from_world, views, detector))
 
 
+def rays_over_pixel(mu: peers.Image, world_from_voxel: Float, threads: int) -> peers.Plan:
+    """The same, 4 x 4 rays to a pixel: the truth of the part `views`."""
+    voxel_from_world = np.linalg.inv(world_from_voxel)
+    return lambda views, detector: lambda: (math.nan, joseph.over_area(mu, voxel_from_world, views, detector))
+
+
 PROJECTORS: dict[str, Callable[[peers.Image, Float, int], peers.Plan]] = {
     "central ray": central_ray,
     "`cpu`": partial(ours, "cpu"),
@@ -74,6 +84,9 @@ PROJECTORS: dict[str, Callable[[peers.Image, Float, int], peers.Plan]] = {
 }
 # Those that cast several views in one call. To the others many views are one after another.
 MANY = ("`cpu`", "RTK Joseph")
+# On the smooth phantom; on voxels of other sizes than the CT's only some.
+SMOOTH = PROJECTORS | {"4 x 4 rays": rays_over_pixel}
+SMOOTH_FEW = ("`cpu`", "central ray", "4 x 4 rays", "RTK Joseph")
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,12 @@ class Sphere:
 
 
 @dataclass(frozen=True)
+class Beam:
+    what: str
+    processor_ms: float
+
+
+@dataclass(frozen=True)
 class Start:
     what: str
     empty_cache_s: float
@@ -130,7 +149,7 @@ class Start:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ct", nargs="?", type=Path)
-    parser.add_argument("--only", nargs="+", choices=["views", "smooth", "sphere", "start"])
+    parser.add_argument("--only", nargs="+", choices=["views", "smooth", "sphere", "beams", "start"])
     parser.add_argument(
         "--sphere", action="store_const", dest="only", const=["sphere"], help="the same as --only sphere"
     )
@@ -139,17 +158,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the CSV files, tables and the plot")
     parser.add_argument("--document", type=Path, help="put the tables between this document's markers")
     args = parser.parse_args()
-    parts = args.only or ["start", "sphere", "smooth", "views"]
+    parts = args.only or ["start", "sphere", "beams", "smooth", "views"]
     args.out.mkdir(parents=True, exist_ok=True)
     numba.set_num_threads(args.threads)
-    if {"views", "sphere"} & set(parts):
-        mu, world_from_voxel, name = read(args.ct)
+    if {"views", "sphere", "beams"} & set(parts):
+        hu, world_from_voxel, name = read(args.ct)
+        mu = mu_per_mm(hu)
     for part in parts:
         if part == "start":
             text = report.start_table(_written(args.out, part, measure_start()))
         elif part == "sphere":
             rows = _written(args.out, part, measure_sphere(mu, world_from_voxel, args.threads))
             text = f"{name}. {report.sphere_table(rows)}"
+        elif part == "beams":
+            rows = _written(args.out, part, measure_beams(hu, world_from_voxel))
+            text = f"{name}. {BEAM_VIEWS} views of 512 pixels, one thread.\n\n{report.beams_table(rows)}"
         elif part == "smooth":
             text = report.smooth_table(_written(args.out, part, measure_smooth(args.threads)))
         else:
@@ -176,10 +199,10 @@ def _written(folder: Path, part: str, rows: Iterator) -> list:
     return written
 
 
-def read(folder: Path | None) -> tuple[peers.Image, Float, str]:
-    """(attenuation in 1/mm [slice, row, column], world_from_voxel, what it is).
+def read(folder: Path | None) -> tuple[NDArray[np.int16], Float, str]:
+    """(HU [slice, row, column], world_from_voxel, what it is).
 
-    The outermost voxels are set to 0, so that it does not matter what a projector makes of a volume that ends in a
+    The outermost voxels are set to air, so that it does not matter what a projector makes of a volume that ends in a
     patient: it is a matter of definition, and differs between them.
     """
     if folder and folder.is_dir():
@@ -191,10 +214,10 @@ def read(folder: Path | None) -> tuple[peers.Image, Float, str]:
     spacing_mm = np.diag(world_from_voxel)[:3]
     if not (np.allclose(world_from_voxel[:3, :3], np.diag(spacing_mm)) and (spacing_mm > 0).all()):
         sys.exit(f"{folder}: not all peers can cast a CT whose axes are not the patient's")
-    mu = np.zeros(volume.hu.shape, np.float32)
-    mu[1:-1, 1:-1, 1:-1] = mu_per_mm(volume.hu)[1:-1, 1:-1, 1:-1]
+    hu = np.full(volume.hu.shape, -1000, np.int16)
+    hu[1:-1, 1:-1, 1:-1] = volume.hu[1:-1, 1:-1, 1:-1]
     across = " x ".join(f"{one:.3g}" for one in spacing_mm)
-    return mu, world_from_voxel, f"Volume: {name}, {' x '.join(map(str, mu.shape[::-1]))} voxels of {across} mm"
+    return hu, world_from_voxel, f"Volume: {name}, {' x '.join(map(str, hu.shape[::-1]))} voxels of {across} mm"
 
 
 def look(mu: peers.Image, world_from_voxel: Float, angles_deg) -> Views:
@@ -249,7 +272,7 @@ def measure_smooth(threads: int) -> Iterator[Smooth]:
     drawn = blobs.draw(seed=0)
     detector = Detector(512, SETUP.detector_mm / 512)
     truth = None
-    progress = tqdm(total=2 * 3 + len(PROJECTORS), unit="run", disable=None)
+    progress = tqdm(total=2 * len(SMOOTH_FEW) + len(SMOOTH), unit="run", disable=None)
     for finer in FINER:
         shape = tuple(round(count * finer) for count in SHAPE)
         spacing_mm = tuple(
@@ -261,13 +284,15 @@ def measure_smooth(threads: int) -> Iterator[Smooth]:
         views = look(mu, world_from_voxel, ANGLES_DEG)
         truth = truth or blobs.line_integrals(drawn, views, detector)
         voxel_mm = " x ".join(f"{step:.3g}" for step in spacing_mm)
-        chosen = PROJECTORS if finer == 1 else ("`cpu`", "central ray", "RTK Joseph")
+        chosen = {name: SMOOTH[name] for name in (SMOOTH if finer == 1 else SMOOTH_FEW)}
         plans, missing = _prepare(mu, world_from_voxel, threads, chosen)
         for name in chosen:
             progress.set_description(f"blobs, {voxel_mm} mm, {name}")
             note = missing.get(name, "")
             if not note:
-                quick_s = _best(plans[name](views[:1], Detector(128, SETUP.detector_mm / 128)), repeat_s=0)[0]
+                quick = plans[name](views[:1], Detector(128, SETUP.detector_mm / 128))
+                # twice: the first call may compile
+                quick_s = min(_best(quick, repeat_s=0)[0] for _ in range(2))
                 note = SLOW if 16 * quick_s > VIEW_S else ""
             if note:
                 yield Smooth(voxel_mm, name, *[math.nan] * 4, note)
@@ -292,6 +317,42 @@ def measure_sphere(mu: peers.Image, world_from_voxel: Float, threads: int) -> It
             project(views[start : start + NEIGHBOURS], detector)
         yield Sphere(len(views), 512, number, time.perf_counter() - began, time.process_time() - busy)
     numba.set_num_threads(threads)
+
+
+def measure_beams(hu: NDArray[np.int16], world_from_voxel: Float) -> Iterator[Beam]:
+    """In batches, as `drrgen render` casts them."""
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    cast, frame, tube = projectors.get("cpu"), np.linalg.inv(world_from_voxel), beam.spectrum("chest120")
+    views = look(hu, world_from_voxel, np.transpose(grid.directions(f"fibonacci:{BEAM_VIEWS}")))
+    detector = Detector(512, SETUP.detector_mm / 512)
+    water, dense = (cast(part(hu), frame) for part in (water_part, dense_part))
+    batches = [views[start : start + NEIGHBOURS] for start in range(0, len(views), NEIGHBOURS)]
+    casts = {
+        "60 keV": exposure.prepare(cast, hu, frame, beam.mono(60)),
+        "`chest120`": exposure.prepare(cast, hu, frame, tube),
+        "of it: water part": water,
+        "of it: dense part": dense,
+        "`chest120` with materials": exposure.prepare(cast, hu, frame, tube, materials=True),
+    }
+    for what, project in casts.items():
+        yield Beam(what, _processor_ms(lambda project=project: [project(batch, detector) for batch in batches]))
+    look_up, integrals_mm = (
+        beam.LineIntegrals(tube),
+        [(water(batch, detector), dense(batch, detector)) for batch in batches],
+    )
+    yield Beam("one look-up", _processor_ms(lambda: [look_up(*pair) for pair in integrals_mm]))
+    numba.set_num_threads(threads)
+
+
+def _processor_ms(run: Callable[[], object]) -> float:
+    """A view, the least of four calls: the first one compiles and lays the volume out."""
+    seconds = []
+    for _ in range(4):
+        began = time.process_time()
+        run()
+        seconds.append(time.process_time() - began)
+    return 1e3 * min(seconds) / BEAM_VIEWS
 
 
 _FIRST_CALL = """
@@ -325,12 +386,12 @@ def measure_start() -> Iterator[Start]:
         yield Start(what, *seconds)
 
 
-def _prepare(mu, world_from_voxel, threads: int, names=PROJECTORS) -> tuple[dict[str, peers.Plan], dict[str, str]]:
+def _prepare(mu, world_from_voxel, threads: int, chosen=PROJECTORS) -> tuple[dict[str, peers.Plan], dict[str, str]]:
     """The projectors that are installed, and why the others are not there."""
     plans, missing = {}, {}
-    for name in names:
+    for name, prepare in chosen.items():
         try:
-            plans[name] = PROJECTORS[name](mu, world_from_voxel, threads)
+            plans[name] = prepare(mu, world_from_voxel, threads)
         except (ImportError, OSError):
             missing[name] = "not installed"
     return plans, missing

@@ -126,6 +126,11 @@ def sphere_table(rows) -> str:
     return f"{first.views} views of {first.size} pixels.\n\n{_table(heads, lines)}"
 
 
+def beams_table(rows) -> str:
+    lines = [[row.what, _ms(row.processor_ms), f"{row.processor_ms / rows[0].processor_ms:.2f}"] for row in rows]
+    return _table(["", "processor ms a view", "times one energy"], lines)
+
+
 def start_table(rows) -> str:
     lines = [[f"`{row.what}`" if " " in row.what and "import" in row.what else row.what] for row in rows]
     for line, row in zip(lines, rows, strict=True):

@@ -26,6 +26,9 @@ def prepare(
 
     def project(views: Views, detector: Detector) -> NDArray[np.float32]:
         water_mm, dense_mm = cast_water(views, detector), cast_dense(views, detector)
+        for part_mm in (water_mm, dense_mm):
+            # nothing is negative, but `cpu` adds changes that cancel in float32, and may end a little below 0
+            np.maximum(part_mm, 0, out=part_mm)
         whole = look_up(water_mm, dense_mm)
         if not materials:
             return whole
