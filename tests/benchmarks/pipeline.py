@@ -194,9 +194,9 @@ def _costs(ct: Path, folder: Path) -> str:
             )
     return "\n".join(
         [
-            f"Measured with {ct.name}, its slices interpolated to {MEAN_SLICES}, as many as LIDC-IDRI has on",
-            "the average, and levels down to 64 pixels, on one machine, one CT after another, each from its DICOM files",
-            f"to a checked shard; more machines divide it. {report.machine(cores.usable())}",
+            f"Measured with {ct.name}, its slices interpolated to {MEAN_SLICES}, as many as LIDC-IDRI has on the",
+            "average, and levels down to 64 pixels, on one machine, one CT after another, each from its DICOM files to",
+            f"a checked shard; more machines divide it. {report.machine(cores.usable())}",
             "",
             "| grid | pixels | seconds for a CT | hours for 1018 | a view | terabytes for 1018 |",
             "| --- | --- | --- | --- | --- | --- |",

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from drrgen import catalog, pipeline, shards
+from drrgen import catalog, dataset, pipeline, shards
 from drrgen.config import RenderConfig
 from drrgen.run import render_folder, write_phantoms
 
@@ -49,7 +49,7 @@ lost = []
 
 
 def writers():
-    return {int(path.name.split("-")[-1]) for path in out.glob(".*.tmp-*")}
+    return {int(path.name.split("-")[-1]) for path in out.glob(".*.h5.tmp-*")}
 
 
 def lose_a_node():
@@ -187,8 +187,8 @@ def test_parts_make_the_whole(ct_dir: Path, undisturbed: dict, tmp_path: Path) -
 
 def test_a_worker_that_dies_costs_nothing_but_time(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
     with start(ct_dir, tmp_path, "--workers", "2") as process:
-        until(lambda: hidden(tmp_path))
-        writer = int(hidden(tmp_path)[0].name.split("-")[-1])
+        until(lambda: list(tmp_path.glob(".*.h5.tmp-*")))
+        writer = int(next(tmp_path.glob(".*.h5.tmp-*")).name.split("-")[-1])
         os.kill(writer, signal.SIGKILL)
         said = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 0, said
@@ -201,6 +201,7 @@ def test_an_input_that_vanishes_after_the_scan_costs_one_shard(ct_dir: Path, und
     jobs = [pipeline.Job(tmp_path / shards.file_name(one.origin), (one,)) for one in catalog.scan(copy)]
     shutil.rmtree(jobs[1].entry.path)
     told: list[pipeline.Event] = []
+    dataset.begin(tmp_path, "hash", CONFIG.to_json(), planned=[], finished=[], todo=[])
     pipeline.render_jobs(jobs, CONFIG, "reject", 1, told.append)
     (refused,) = [event for event in told if isinstance(event, pipeline.Refused)]
     assert (refused.path, refused.error.code) == (jobs[1].path, "unreadable-file")

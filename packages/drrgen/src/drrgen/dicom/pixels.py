@@ -28,6 +28,9 @@ def decode(slices: Iterable[Slice]) -> Iterator[NDArray[np.int16]]:
         try:
             with silent():
                 yield _hounsfield(one)
+        except FileNotFoundError as error:
+            gone = Defect("unreadable-file", "it is gone since it was indexed", file=printable(one.path.name))
+            raise SeriesRejected(gone) from error
         except Exception as error:  # on damaged and hostile files pydicom raises whatever it stumbles over
             reason = printable(" ".join(str(error).split()))[:200]
             raise _undecodable(one.path, reason or type(error).__name__) from error
