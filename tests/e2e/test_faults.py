@@ -256,3 +256,40 @@ def test_a_cluster_that_loses_a_node_in_the_middle_of_its_work(ct_dir: Path, und
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path) == undisturbed
     assert hidden(tmp_path) == []
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("drrgen")
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+def test_damage_to_finished_shards_is_named_and_made_good(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    """A flipped bit, a file cut short, one that is gone, and a bit that a disk flipped without a trace in its times."""
+    complete(ct_dir, tmp_path)
+    flipped, cut, gone, silent = sorted(tmp_path.glob("*.h5"))
+    for path in (flipped, silent):
+        times = path.stat()
+        with path.open("r+b") as file:
+            file.seek(times.st_size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 16]))
+        if path is silent:
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.truncate(cut, cut.stat().st_size // 2)
+    gone.unlink()
+
+    found = command("validate", tmp_path)
+    assert found.returncode in (1, 2)
+    said = found.stdout + found.stderr
+    for path in (flipped, cut, gone, silent):
+        assert any(path.name in line and not line.endswith(": ok") for line in said.splitlines()), (path, said)
+    assert command("status", "--out", tmp_path).returncode == 1
+
+    silent.unlink()  # as `validate` says: by its times nobody can tell
+    again = complete(ct_dir, tmp_path)
+    assert f"rendering again: {flipped}: not as manifest.jsonl has it" in again
+    assert f"rendering again: {cut}" in again
+    assert digests(tmp_path) == undisturbed
+    assert command("validate", tmp_path).returncode == 0
+    assert command("status", "--out", tmp_path).returncode == 0
