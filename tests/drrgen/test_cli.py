@@ -95,22 +95,20 @@ def test_render_with_a_spectrum_and_materials(run, ct_dir: Path, capsys: pytest.
     assert "1 already finished" in capsys.readouterr().out
 
 
-def test_shards_from_before_there_was_a_choice_of_beam_are_finished(run, ct_dir: Path, capsys) -> None:
-    """The first version rendered at 60 keV and had no word for it."""
+def test_shards_from_before_there_was_a_choice_are_finished(run, ct_dir: Path, capsys) -> None:
+    """The first version rendered at 60 keV, deflated, and had no word for it."""
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
     for path in Path("shards").iterdir():
         with h5py.File(path, "r+") as file:
             known = json.loads(file.attrs["config_json"])
-            assert {name: known.pop(name) for name in ("energy_kev", "spectrum", "materials")} == {
-                "energy_kev": 60.0,
-                "spectrum": None,
-                "materials": False,
-            }
+            later = {"energy_kev": 60.0, "spectrum": None, "materials": False, "compression": "deflate"}
+            assert {name: known.pop(name) for name in later} == later
             file.attrs["config_json"] = json.dumps(known, sort_keys=True)
             file.attrs["config_sha256"] = hashlib.sha256(file.attrs["config_json"].encode()).hexdigest()
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
     assert "2 already finished" in capsys.readouterr().out
     assert run("render", "--ct-dir", ct_dir, *SMALL, "--materials") == 2
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--compression", "zstd") == 2
 
 
 @pytest.mark.parametrize("config_json", ["", "no JSON", "[1]", "{}", "null", '{"grid": "5deg"}'])
@@ -196,6 +194,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("render", "--ct-dir", ".", "--levels", "a"), "256,512"),
         (("render", "--ct-dir", ".", "--size", 0), "--size 0"),
         (("render", "--ct-dir", ".", "--energy", 160), "10 to 150 keV"),
+        (("render", "--ct-dir", ".", "--compression", "lzma"), "choose one of deflate, zstd"),
         (("render", "--ct-dir", ".", "--spectrum", "chest"), "chest120, portable90, carm80"),
         (("render", "--ct-dir", ".", "--spectrum", "carm80", "--energy", 60), "choose one of them"),
         (("validate", "nowhere.h5"), "no such shard"),

@@ -97,6 +97,9 @@ def render(
     materials: Annotated[
         bool, typer.Option("--materials", help="Store images without bone, and of bone alone, too.")
     ] = False,
+    compression: Annotated[
+        str, typer.Option(help="deflate, or zstd: smaller, read faster, and only by who has hdf5plugin.")
+    ] = "deflate",
     keep_table: Annotated[bool, typer.Option("--keep-table", help="Do not remove what lies outside the body.")] = False,
     on_defect: Annotated[str, typer.Option(help="Series with defects: reject or, where possible, repair.")] = "reject",
     dataset_name: Annotated[str | None, typer.Option(help="Name of the data set, for the shards.")] = None,
@@ -111,7 +114,8 @@ def render(
     sizes = _sizes(levels)
     origin = (dataset_name, licence, attribution)
     physics = (energy, spectrum, materials)
-    config = RenderConfig(grid, azimuth, elevation, size, sizes, geometry, projector, keep_table, *origin, *physics)
+    where = (grid, azimuth, elevation)
+    config = RenderConfig(*where, size, sizes, geometry, projector, keep_table, *origin, *physics, compression)
     if dry_run:
         print(config.to_json())
         return

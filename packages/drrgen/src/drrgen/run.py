@@ -172,6 +172,7 @@ def _render_volume(ready: _Ready, path: Path, config: RenderConfig, bar: tqdm) -
         config_json=config.to_json(),
         beam=config.beam,
         materials=config.materials,
+        compression=config.compression,
         nodules=None if entry.stack is None else lidc.nodules(volume.origin.series_uid, entry.stack.slices),
         **_terms(entry, config),
     ) as writer:
