@@ -151,9 +151,12 @@ def test_a_patient_with_and_without_a_table_are_two_series(run, capsys: pytest.C
     assert "2 rendered" in capsys.readouterr().out
 
 
-def test_an_odd_size_has_one_level(run, ct_dir: Path) -> None:
+def test_an_odd_size_has_one_level(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("render", "--ct-dir", ct_dir, "--grid", "90deg", "--size", 65) == 0
     assert run("validate", *Path("shards").iterdir()) == 0
+    capsys.readouterr()
+    assert run("view", *list(Path("shards").iterdir())[:1], "--mp4", "orbit.mp4") == 0
+    assert "4 frames of 64 pixels" in capsys.readouterr().out  # a film's sides are even
 
 
 def test_a_full_disk_is_one_line(ct_dir: Path, tmp_path: Path) -> None:
@@ -204,6 +207,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("view", "whole.h5", "--sheet", "x.xyz"), ".png"),
         (("view", "whole.h5", "--html", "x.xyz"), ".html"),
         (("view", "whole.h5", "--gif", "x.xyz"), ".gif"),
+        (("view", "whole.h5", "--mp4", "x.xyz"), ".mp4"),
         (("view", "whole.h5", "--html", "x.html", "--max-mb", 0.001), "--max-mb 0.001 is too little"),
         (("view", "whole.h5"), "--html page.html"),
         (("render", "--ct-dir", "ct", "--out", "text.h5"), "--out"),

@@ -158,6 +158,7 @@ def view(
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet with the angles printed, as PNG.")] = None,
     gif: Annotated[Path | None, typer.Option(help="Write the patient turning once, as an animated GIF.")] = None,
+    mp4: Annotated[Path | None, typer.Option(help="Write the same as a film, in up to 512 pixels (H.264).")] = None,
     max_mb: Annotated[
         float, typer.Option(help="Largest size of the page; frames shrink, then views are left out, until it fits.")
     ] = 24.0,
@@ -166,8 +167,10 @@ def view(
     from drrgen import view
     from drrgen.shards import Shard
 
-    if not (html or sheet or gif):
-        raise InputError("view: say what to make: --html page.html, --sheet sheet.png or --gif orbit.gif")
+    if not (html or sheet or gif or mp4):
+        raise InputError(
+            "view: say what to make: --html page.html, --sheet sheet.png, --gif orbit.gif or --mp4 orbit.mp4"
+        )
     with Shard(shard) as opened:
         if html:
             print(view.html(opened, html, max_mb))
@@ -175,6 +178,8 @@ def view(
             print(view.sheet(opened, sheet))
         if gif:
             print(view.gif(opened, gif))
+        if mp4:
+            print(view.mp4(opened, mp4))
 
 
 def _sizes(levels: str | None) -> tuple[int, ...] | None:
