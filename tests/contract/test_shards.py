@@ -1,8 +1,11 @@
 """What drrgen writes is what the document says and what svdrr reads; anything else is refused with the cure."""
 
 import hashlib
+import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -76,6 +79,74 @@ def test_svdrr_reads_what_drrgen_wrote(shard_path: Path) -> None:
                 assert np.array_equal(images[view], ours.line_integrals(size, view))
     assert (theirs.sdd_mm, theirs.sod_mm) == (1800, 1640)
     assert theirs.detector_mm == pytest.approx(432)
+
+
+def test_a_zstd_shard_is_the_same_to_every_reader(shard_path: Path, zstd_path: Path) -> None:
+    import hdf5plugin  # noqa: F401
+
+    assert drrgen.shards.violations(zstd_path) == []
+    with h5py.File(shard_path) as deflated, h5py.File(zstd_path) as zstd:
+        assert schema.violations(zstd) == []
+        for path in (f"{name}/{size}" for name in ("images", "truncation") for size in (64, 32)):
+            assert [codes(file[path]) for file in (deflated, zstd)] == [[2, 1], [2, 32015]]
+            assert np.array_equal(deflated[path][:], zstd[path][:])
+    with drrgen.shards.Shard(shard_path) as deflated, drrgen.shards.Shard(zstd_path) as zstd:
+        assert np.array_equal(deflated.line_integrals(64, 5), zstd.line_integrals(64, 5))
+        assert np.array_equal(deflated.truncation(32, 5), zstd.truncation(32, 5))
+    theirs = [svdrr.shards.open_shard(path) for path in (shard_path, zstd_path)]
+    assert theirs[0].digest == theirs[1].digest
+    for size in (64, 32):
+        assert np.array_equal(*(shard.images(size) for shard in theirs))
+
+
+def codes(dataset: h5py.Dataset) -> list[int]:
+    """The numbers of its filters, as the document has them."""
+    made = dataset.id.get_create_plist()
+    return [made.get_filter(number)[0] for number in range(made.get_nfilters())]
+
+
+READERS = [
+    "import drrgen.shards; drrgen.shards.Shard(path).line_integrals(64, 3)",
+    "import drrgen.shards; assert drrgen.shards.violations(path) == []",
+    "import svdrr.shards; svdrr.shards.open_shard(path).images(64, [3])",
+    "import pickle; pickle.loads({}).images(64, [3])",
+]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_process_that_has_not_read_zstd_before_does(zstd_path: Path, reader: str) -> None:
+    """Here HDF5 may have the filter from another test. A process that loads data gets its shard by pickle."""
+    code = reader.format(repr(pickle.dumps(svdrr.shards.open_shard(zstd_path))))
+    subprocess.run(
+        [sys.executable, "-c", f"import pathlib; path = pathlib.Path({str(zstd_path)!r}); {code}"], check=True
+    )
+
+
+def test_a_damaged_zstd_chunk_is_found_by_both(zstd_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.h5"
+    shutil.copy(zstd_path, path)
+    with h5py.File(path, "r+") as file:
+        stored = file["images/64"].id
+        _, payload = stored.read_direct_chunk((7, 0, 0))
+        stored.write_direct_chunk((7, 0, 0), payload[:200] + bytes([payload[200] ^ 1]) + payload[201:])
+    assert drrgen.shards.violations(path)[0].startswith("images/64: view 7 is damaged")
+    with drrgen.shards.Shard(path) as ours:
+        ours.line_integrals(64, 6)
+        with pytest.raises(drrgen.errors.InputError, match="view 7 of level 64 is damaged: render it again"):
+            ours.line_integrals(64, 7)
+    theirs = svdrr.shards.open_shard(path)
+    theirs.images(64, [6])
+    with pytest.raises(svdrr.errors.InputError, match=r"cannot be read .*: render it again"):
+        theirs.images(64, [7])
+
+
+def test_svdrr_without_hdf5plugin_says_how_to_get_it(zstd_path: Path, shard_path: Path, monkeypatch) -> None:
+    shard = svdrr.shards.open_shard(zstd_path)
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    for attempt in (lambda: svdrr.shards.open_shard(zstd_path), lambda: shard.images(64, [0])):
+        with pytest.raises(svdrr.errors.InputError, match=r"needs hdf5plugin, .*: pip install 'svdrr\[zstd\]'"):
+            attempt()
+    svdrr.shards.open_shard(shard_path).images(64, [0])
 
 
 def test_the_documents_reader_works_as_printed(shard_path: Path) -> None:
@@ -221,6 +292,12 @@ def test_the_golden_shard_of_1_2_has_what_that_version_adds() -> None:
         whole, soft, bone = (file[f"{name}/64"][:].astype(int) for name in ("images", "images_soft", "images_bone"))
         assert np.abs(whole - soft - bone).max() <= 1
         assert bone.max() > 4096
+
+
+def test_the_golden_shard_of_1_3_is_of_the_filter_that_it_adds() -> None:
+    with h5py.File(GOLDEN / "1.3" / "tiny.h5") as file:
+        for size in (64, 32):
+            assert codes(file[f"images/{size}"]) == codes(file[f"truncation/{size}"]) == [2, 32015]
 
 
 def test_nodules_are_cut_out_as_the_document_prints_it() -> None:

@@ -97,23 +97,21 @@ def test_render_with_a_spectrum_and_materials(run, ct_dir: Path, capsys: pytest.
     assert "1 already finished" in capsys.readouterr().out
 
 
-def test_shards_from_before_there_was_a_choice_of_beam_are_finished(run, ct_dir: Path, capsys) -> None:
-    """The first version rendered at 60 keV and had no word for it, and no manifest."""
+def test_shards_from_before_there_was_a_choice_are_finished(run, ct_dir: Path, capsys) -> None:
+    """The first version rendered at 60 keV, deflated, and had neither a word for it nor a manifest."""
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
     Path("shards/manifest.jsonl").unlink()
     for path in Path("shards").glob("*.h5"):
         with h5py.File(path, "r+") as file:
             known = json.loads(file.attrs["config_json"])
-            assert {name: known.pop(name) for name in ("energy_kev", "spectrum", "materials")} == {
-                "energy_kev": 60.0,
-                "spectrum": None,
-                "materials": False,
-            }
+            later = {"energy_kev": 60.0, "spectrum": None, "materials": False, "compression": "deflate"}
+            assert {name: known.pop(name) for name in later} == later
             file.attrs["config_json"] = json.dumps(known, sort_keys=True)
             file.attrs["config_sha256"] = hashlib.sha256(file.attrs["config_json"].encode()).hexdigest()
     assert run("render", "--ct-dir", ct_dir, *SMALL) == 0
     assert "2 already finished" in capsys.readouterr().out
     assert run("render", "--ct-dir", ct_dir, *SMALL, "--materials") == 2
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--compression", "zstd") == 2
 
 
 @pytest.mark.parametrize("config_json", ["", "no JSON", "[1]", "{}", "null", '{"grid": "5deg"}'])
@@ -156,9 +154,12 @@ def test_a_patient_with_and_without_a_table_are_two_series(run, capsys: pytest.C
     assert "2 rendered" in capsys.readouterr().out
 
 
-def test_an_odd_size_has_one_level(run, ct_dir: Path) -> None:
+def test_an_odd_size_has_one_level(run, ct_dir: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("render", "--ct-dir", ct_dir, "--grid", "90deg", "--size", 65) == 0
     assert run("validate", *Path("shards").glob("*.h5")) == 0
+    capsys.readouterr()
+    assert run("view", *list(Path("shards").glob("*.h5"))[:1], "--mp4", "orbit.mp4") == 0
+    assert "4 frames of 64 pixels" in capsys.readouterr().out  # a film's sides are even
 
 
 def test_a_full_disk_is_one_line(ct_dir: Path, tmp_path: Path) -> None:
@@ -199,6 +200,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("render", "--ct-dir", ".", "--levels", "a"), "256,512"),
         (("render", "--ct-dir", ".", "--size", 0), "--size 0"),
         (("render", "--ct-dir", ".", "--energy", 160), "10 to 150 keV"),
+        (("render", "--ct-dir", ".", "--compression", "lzma"), "choose one of deflate, zstd"),
         (("render", "--ct-dir", ".", "--spectrum", "chest"), "chest120, portable90, carm80"),
         (("render", "--ct-dir", ".", "--spectrum", "carm80", "--energy", 60), "choose one of them"),
         (("validate", "nowhere.h5"), "no such shard"),
@@ -212,6 +214,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
         (("view", "whole.h5", "--sheet", "x.xyz"), ".png"),
         (("view", "whole.h5", "--html", "x.xyz"), ".html"),
         (("view", "whole.h5", "--gif", "x.xyz"), ".gif"),
+        (("view", "whole.h5", "--mp4", "x.xyz"), ".mp4"),
         (("view", "whole.h5", "--html", "x.html", "--max-mb", 0.001), "--max-mb 0.001 is too little"),
         (("view", "whole.h5"), "--html page.html"),
         (("render", "--ct-dir", "ct", "--out", "text.h5"), "--out"),

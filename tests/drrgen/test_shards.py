@@ -1,6 +1,7 @@
 """Shards are whole or absent, say what they hold, and betray every change."""
 
 import json
+import sys
 import zlib
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from tests.drrgen.test_cli import drrgen as command
 from tests.drrgen.volumes import create, volume
 
-from drrgen import anatomy, beam, dicom, phantom, shards, truncation
+from drrgen import anatomy, beam, chunks, dicom, phantom, shards, truncation
 from drrgen.errors import InputError
 from drrgen.geometry import Detector, Views
 from drrgen.nodules import RATINGS, AnnotatedNodule
@@ -316,6 +317,128 @@ def test_every_damage_to_materials_and_spectrum_is_named(with_materials: Path, d
     with h5py.File(with_materials, "r+") as file:
         damage(file)
     assert any(expected in line for line in shards.violations(with_materials)), shards.violations(with_materials)
+
+
+def put_chunk(compression: str, payload, left_out: int = 0):
+    """Another chunk in the place of one, behind HDF5's back."""
+
+    def change(file: h5py.File) -> None:
+        stored = file["images/16"].id
+        _, old = stored.read_direct_chunk((1, 0, 0))
+        # in between one of another size, without which HDF5 would keep the mask as it was
+        for new in (b"between", payload(old, compression)):
+            stored.write_direct_chunk((1, 0, 0), new, left_out)
+
+    return change
+
+
+def flipped(payload: bytes, compression: str) -> bytes:
+    return payload[:100] + bytes([payload[100] ^ 16]) + payload[101:]
+
+
+def of_size(side: int):
+    return lambda payload, compression: chunks.encode(np.full((side, side), 77, np.uint16), compression).payload
+
+
+DAMAGED_CHUNKS = [
+    (flipped, 0, "view 1 is damaged"),
+    (lambda payload, compression: payload[:-1], 0, "view 1 is damaged"),
+    (lambda payload, compression: payload[:10], 0, "view 1 is damaged"),
+    (lambda payload, compression: b"\0", 0, "view 1 is damaged"),
+    (of_size(15), 0, "bytes instead of 512"),
+    (of_size(17), 0, "bytes instead of 512"),
+    (of_size(2000), 0, "bytes instead of 512"),
+    (of_size(16), 0, "view 1 does not match its CRC-32"),
+    (lambda payload, compression: payload, 1, "view 1 does not match its CRC-32"),
+    (lambda payload, compression: payload, 2, "bytes instead of 512"),
+    (lambda payload, compression: payload, 3, "bytes instead of 512"),
+    (lambda payload, compression: bytes(512), 3, "view 1 does not match its CRC-32"),
+]
+
+
+@pytest.mark.parametrize("compression", chunks.FILTERS)
+def test_every_damaged_chunk_is_named_and_nothing_else(tmp_path: Path, compression: str) -> None:
+    path = write(tmp_path / "a.h5", compression=compression)
+    whole = path.read_bytes()
+    for payload, left_out, expected in DAMAGED_CHUNKS:
+        path.write_bytes(whole)
+        with h5py.File(path, "r+") as file:
+            put_chunk(compression, payload, left_out)(file)
+        found = shards.violations(path)
+        assert expected in found[0]
+        # and, where the chunk holds an image, that the level below is not its average
+        assert all("view 1" in line for line in found), found
+        assert len(found) <= 2
+
+
+@pytest.mark.parametrize("compression", chunks.FILTERS)
+def test_filters_may_be_left_out_of_a_chunk(tmp_path: Path, compression: str) -> None:
+    path = write(tmp_path / "a.h5", compression=compression)
+    with h5py.File(path, "r+") as file:
+        put_chunk(compression, lambda *_: pyramid()[16][1].astype("<u2").tobytes(), 3)(file)
+    assert shards.violations(path) == []
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        dict(chunks=(1, 16, 16)),
+        dict(chunks=(2, 8, 16), shuffle=True, compression="gzip"),
+        dict(chunks=(1, 16, 16), compression="gzip"),
+        dict(chunks=(1, 16, 16), compression="lzf"),
+        dict(chunks=(1, 16, 16), shuffle=True, compression="gzip", fletcher32=True),
+        dict(chunks=(1, 16, 16), compression=32015),
+    ],
+    ids=str,
+)
+def test_other_layouts_that_hdf5_knows_are_sound_and_checked(path: Path, layout: dict) -> None:
+    with h5py.File(path, "r+") as file:
+        old, attributes = file["images/16"][:], dict(file["images/16"].attrs)
+        del file["images/16"]
+        file.create_dataset("images/16", data=old, **layout).attrs.update(attributes)
+    assert shards.violations(path) == []
+    with h5py.File(path, "r+") as file:
+        put("images/16", 1, 2, 3)(file)
+    assert shards.violations(path)[0] == "images/16: view 1 does not match its CRC-32"
+
+
+def test_a_chunk_that_was_never_written_is_air(path: Path) -> None:
+    """HDF5 reads its fill value; the checksum says whether that is the image."""
+    with h5py.File(path, "r+") as file:
+        for size in (16, 8):
+            old, attributes = file[f"images/{size}"][:], dict(file[f"images/{size}"].attrs)
+            del file[f"images/{size}"]
+            new = file.create_dataset(
+                f"images/{size}", old.shape, np.uint16, chunks=(1, size, size), **chunks.FILTERS["deflate"]
+            )
+            new.attrs.update(attributes)
+            for view in (0, 2):
+                new[view] = old[view]
+    assert shards.violations(path)[0] == "images/16: view 1 does not match its CRC-32"
+    with h5py.File(path, "r+") as file:
+        for size in (16, 8):
+            file[f"checks/{size}/crc32"][1] = zlib.crc32(bytes(2 * size * size))
+    assert shards.violations(path) == []
+
+
+def test_a_mistake_of_ours_is_found_by_hdf5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding and decoding that are wrong alike agree with one another, and with no other reader."""
+    right = chunks._shuffled, chunks._unshuffled
+    monkeypatch.setattr(chunks, "_shuffled", lambda image: right[0](image)[::-1].copy())
+    monkeypatch.setattr(chunks, "_unshuffled", lambda planes: right[1](planes[::-1]))
+    with pytest.raises(OSError, match="images/16: HDF5 reads another view 0"):
+        write(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("missing", ["zstandard", "hdf5plugin"])
+def test_a_zstd_shard_without_its_packages_is_one_line(tmp_path: Path, monkeypatch, missing: str) -> None:
+    path = write(tmp_path / "a.h5", compression="zstd")
+    monkeypatch.setitem(sys.modules, missing, None)
+    for attempt in (shards.Shard, shards.violations, lambda path: write(path, compression="zstd")):
+        with pytest.raises(InputError, match=rf"zstd needs {missing}, .*: pip install 'drrgen\[zstd\]'"):
+            attempt(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["a.h5"]
 
 
 def test_a_pyramid_that_is_no_average_is_named(tmp_path: Path) -> None:

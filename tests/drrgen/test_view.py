@@ -5,9 +5,11 @@ import hashlib
 import io
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from drrgen.nodules import AnnotatedNodule
 from drrgen.render import quantised
 from drrgen.shards import Shard
 from drrgen.view import orbit, page
-from drrgen.view.output import between_deg
+from drrgen.view.output import between_deg, frame, grey, white_level
 
 HOSTILE = "</script><script>throw 1</script><!-- {{others}} &amp; \u2028 \" ' \\ 肺"
 
@@ -198,6 +200,81 @@ def test_orbit_goes_round_or_back_and_forth(cut: dict, expected: list[int], tmp_
         view.gif(shard, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as picture:
         assert (getattr(picture, "n_frames", 1), picture.size) == (len(expected), (32, 32))
+
+
+def film(path: Path) -> tuple[list[np.ndarray], float]:
+    """The frames of an MP4 as 8 bit grey, and its length in seconds."""
+    with av.open(str(path)) as opened:
+        (stream,) = opened.streams
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        planes = [frame.to_ndarray() for frame in opened.decode(stream)]
+        luma = [one[: one.shape[1]].astype(float) for one in planes]
+        return [(one - 16) * 255 / 219 for one in luma], float(stream.duration * stream.time_base)
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        ({}, [0, 45, 90, 135, -180, -135, -90, -45]),
+        ({"azimuth": "-90:90"}, [-90, -45, 0, 45, 90, 45, 0, -45]),
+        ({"azimuth": "45:45", "elevation": "0:0"}, [45]),
+    ],
+)
+def test_film_shows_the_orbit_in_the_gifs_time(cut: dict, expected: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with Shard(write(tmp_path / "a.h5", grid.directions("45deg", **cut))) as shard:
+        line = view.mp4(shard, path)
+        first = path.read_bytes()
+        view.mp4(shard, path)
+        views = orbit.orbit(shard)
+        white = white_level(np.stack([frame(shard, one, 32) for one in views]))
+        greys = np.array([255 * shade(number, len(shard)) / white for number in range(len(shard))])
+    assert path.read_bytes() == first
+    assert first.index(b"moov") < first.index(b"mdat")  # a browser shows it before it has all of it
+    frames, seconds = film(path)
+    assert seconds == 6
+    assert line == f"{path}: {len(expected)} frames of 32 pixels, 6.0 s"
+    assert {one.shape for one in frames} == {(32, 32)}
+    # each frame is of one grey, by which its view is known; others are 8 of 255 away, where it is not white
+    assert len(frames) == len(views)
+    for one, number in zip(frames, views, strict=True):
+        assert np.abs(one - min(greys[number], 255)).max() <= 3
+    assert shard.azimuth_deg[views].tolist() == expected
+    # after the last comes the first: a step away, as all others
+    assert {abs((b - a + 180) % 360 - 180) for a, b in zip(expected, expected[1:] + expected[:1], strict=True)} <= {
+        45,
+        0,
+    }
+
+
+def test_film_of_a_fine_grid_is_as_smooth_as_screens_are(tmp_path: Path) -> None:
+    """One way 241 views, the other way 239: in 6 s they would be 80 a second."""
+    with Shard(write(tmp_path / "a.h5", grid.directions("1deg", "-120:120", "0:0"), size=16)) as shard:
+        view.mp4(shard, tmp_path / "a.mp4")
+    frames, seconds = film(tmp_path / "a.mp4")
+    assert (len(frames), seconds) == (480, 8)
+
+
+def test_film_looks_like_the_view_it_shows(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "contract" / "golden" / "1.0" / "tiny.h5"
+    with Shard(golden) as shard:
+        view.mp4(shard, tmp_path / "a.mp4")
+        views = orbit.orbit(shard)
+        stored = [frame(shard, one, 64) for one in views]
+    frames, _ = film(tmp_path / "a.mp4")
+    for number, one in enumerate(frames):
+        expected = grey(stored[number], white_level(np.stack(stored)))
+        # the encoder loses 1 of 255; a view upside down or of another side is more than 10 away
+        assert np.abs(one - expected).mean() < 2
+        assert np.abs(one[::-1] - expected).mean() > 10
+        assert np.abs(frames[number - 1] - expected).mean() > 10
+
+
+def test_film_without_its_package_is_one_line(sphere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with Shard(sphere) as shard, pytest.raises(InputError, match=r"--mp4 needs av, .*: pip install 'drrgen\[mp4\]'"):
+        view.mp4(shard, tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_orbit_off_the_equator_and_on_a_lattice_of_no_latitudes(tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ def render(
     materials: Annotated[
         bool, typer.Option("--materials", help="Store images without bone, and of bone alone, too.")
     ] = False,
+    compression: Annotated[
+        str, typer.Option(help="deflate, or zstd: smaller, read faster, and only by who has hdf5plugin.")
+    ] = "deflate",
     keep_table: Annotated[bool, typer.Option("--keep-table", help="Do not remove what lies outside the body.")] = False,
     on_defect: Annotated[str, typer.Option(help="Series with defects: reject or, where possible, repair.")] = "reject",
     dataset_name: Annotated[str | None, typer.Option(help="Name of the data set, for the shards.")] = None,
@@ -122,7 +125,8 @@ def render(
     sizes = _sizes(levels)
     origin = (dataset_name, licence, attribution)
     physics = (energy, spectrum, materials)
-    config = RenderConfig(grid, azimuth, elevation, size, sizes, geometry, projector, keep_table, *origin, *physics)
+    where = (grid, azimuth, elevation)
+    config = RenderConfig(*where, size, sizes, geometry, projector, keep_table, *origin, *physics, compression)
     if dry_run:
         print(config.to_json())
         return
@@ -212,6 +216,7 @@ def view(
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet with the angles printed, as PNG.")] = None,
     gif: Annotated[Path | None, typer.Option(help="Write the patient turning once, as an animated GIF.")] = None,
+    mp4: Annotated[Path | None, typer.Option(help="Write the same as a film, in up to 512 pixels (H.264).")] = None,
     max_mb: Annotated[
         float, typer.Option(help="Largest size of the page; frames shrink, then views are left out, until it fits.")
     ] = 24.0,
@@ -220,8 +225,10 @@ def view(
     from drrgen import view
     from drrgen.shards import Shard
 
-    if not (html or sheet or gif):
-        raise InputError("view: say what to make: --html page.html, --sheet sheet.png or --gif orbit.gif")
+    if not (html or sheet or gif or mp4):
+        raise InputError(
+            "view: say what to make: --html page.html, --sheet sheet.png, --gif orbit.gif or --mp4 orbit.mp4"
+        )
     with Shard(shard) as opened:
         if html:
             print(view.html(opened, html, max_mb))
@@ -229,6 +236,8 @@ def view(
             print(view.sheet(opened, sheet))
         if gif:
             print(view.gif(opened, gif))
+        if mp4:
+            print(view.mp4(opened, mp4))
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-from drrgen import beam, grid, projectors
+from drrgen import beam, chunks, grid, projectors
 from drrgen.attenuation import ENERGY_KEV
 from drrgen.beam import Beam
 from drrgen.errors import InputError
@@ -13,7 +13,7 @@ from drrgen.geometry import PRESETS, Detector, Setup
 MIN_LEVEL = 64
 MAX_SIZE = 4096
 # What the first version did before there were settings for it.
-_LATER = {"energy_kev": 60.0, "spectrum": None, "materials": False}
+_LATER = {"energy_kev": 60.0, "spectrum": None, "materials": False, "compression": "deflate"}
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,17 @@ class RenderConfig:
     energy_kev: float | None = None
     spectrum: str | None = None
     materials: bool = False
+    compression: str = "deflate"
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_SIZE:
             raise InputError(f"--size {self.size}: choose 1 to {MAX_SIZE} pixels")
         if self.geometry not in PRESETS:
             raise InputError(f"--geometry {self.geometry!r} does not exist: choose one of {', '.join(PRESETS)}")
+        if self.compression not in chunks.FILTERS:
+            known = ", ".join(chunks.FILTERS)
+            raise InputError(f"--compression {self.compression!r} does not exist: choose one of {known}")
+        chunks.require(self.compression)
         object.__setattr__(self, "projector", projectors.resolve(self.projector))
         levels = _halvings(self.size) if self.levels is None else tuple(sorted(self.levels, reverse=True))
         if levels[:1] != (self.size,) or any(a != 2 * b for a, b in pairwise(levels)):

@@ -205,6 +205,7 @@ def _store(
             config_json=config.to_json(),
             beam=config.beam,
             materials=config.materials,
+            compression=config.compression,
             nodules=None if entry.stack is None else lidc.nodules(volume.origin.series_uid, entry.stack.slices),
             num_threads=num_threads,
             stages=stages,

@@ -1,18 +1,17 @@
 """The writer's half of docs/shard-schema.md: shards are written whole or not at all, checked, and read for viewing."""
 
+import functools
 import hashlib
 import json
 import os
 import re
-import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import h5py
 import numpy as np
@@ -27,7 +26,7 @@ from drrgen.stages import Stages
 from drrgen.volume import HU_CLAMP, Origin, Volume
 
 SCHEMA = "drr-sphere"
-VERSION = "1.2"
+VERSION = "1.3"
 SCALE = 1 / 4096
 
 Images = NDArray[np.uint16]
@@ -99,10 +98,18 @@ class Writer:
     """
 
     def __init__(
-        self, path: Path, partial: Path, file: h5py.File, levels: list[int], pool: ThreadPoolExecutor, stages: Stages
+        self,
+        path: Path,
+        partial: Path,
+        file: h5py.File,
+        levels: list[int],
+        compression: str,
+        pool: ThreadPoolExecutor,
+        stages: Stages,
     ) -> None:
         self.path, self.partial = path, partial
         self._file = file
+        self._compression = compression
         self._pool = pool
         self._stages = stages
         self._num_done = 0
@@ -124,7 +131,8 @@ class Writer:
                 truncated = truncated if truncated.shape[-1] == size else truncation.halved(truncated)
                 datasets[f"truncation/{size}"] = None, truncated
         with self._stages("compress"):
-            under_way = {path: self._pool.map(chunks.encode, pixels) for path, (_, pixels) in datasets.items()}
+            encode = functools.partial(chunks.encode, compression=self._compression)
+            under_way = {path: self._pool.map(encode, pixels) for path, (_, pixels) in datasets.items()}
             encoded = {path: list(made) for path, made in under_way.items()}
         with self._stages("write"):
             self._write(datasets, encoded)
@@ -138,7 +146,8 @@ class Writer:
         for path, (checks, pixels) in datasets.items():
             if path not in self._file:
                 num_views = self._file["views/azimuth_deg"].shape[0]
-                self._file.create_dataset(path, (num_views, *pixels.shape[1:]), np.uint8, **_options(pixels.shape[-1]))
+                options = _options(pixels.shape[-1], self._compression)
+                self._file.create_dataset(path, (num_views, *pixels.shape[1:]), np.uint8, **options)
             stored, made = self._file[path], encoded[path]
             for view, chunk in enumerate(made, self._num_done):
                 stored.id.write_direct_chunk((view, 0, 0), chunk.payload)
@@ -162,6 +171,7 @@ def draft(
     nodules: list[AnnotatedNodule] | None = None,
     beam: Beam | None = None,
     materials: bool = False,
+    compression: str = "deflate",
     num_threads: int = 1,
     stages: Stages | None = None,
 ) -> Iterator[Writer]:
@@ -169,8 +179,10 @@ def draft(
 
     path: what it will be called. detectors: one per level, the largest first. nodules: [] where readers found none,
     None where nothing is known; the same for a `dataset` of no name. beam: None for one of 60 keV. materials: whether
-    soft and bone images follow.
+    soft and bone images follow. compression: one of chunks.FILTERS. Raises InputError where a package is missing for
+    it.
     """
+    chunks.require(compression)
     beam = mono(attenuation.ENERGY_KEV) if beam is None else beam
     partial = temporary.name_for(path)
     with (
@@ -180,7 +192,7 @@ def draft(
     ):
         _describe(file, volume, views, detectors, table_removed)
         for kind in (_WHOLE, _SOFT, _BONE) if materials else (_WHOLE,):
-            _make_room(file, kind, len(views), detectors)
+            _make_room(file, kind, len(views), detectors, compression)
         _describe_beam(file, beam, [detector.shape for detector in detectors])
         if nodules is not None:
             _describe_nodules(file, nodules, views, detectors)
@@ -197,7 +209,8 @@ def draft(
             licence=licence,
             attribution=attribution,
         )
-        writer = Writer(path, partial, file, [detector.shape for detector in detectors], pool, stages or Stages())
+        sizes = [detector.shape for detector in detectors]
+        writer = Writer(path, partial, file, sizes, compression, pool, stages or Stages())
         yield writer
         for images, count in writer.saturated.items():
             file[images].attrs["saturated_count"] = count
@@ -262,17 +275,19 @@ def _describe(file: h5py.File, volume: Volume, views: Views, detectors: list[Det
     file.create_group("ct").attrs.update({name: value for name, value in known.items() if value is not None})
 
 
-def _make_room(file: h5py.File, kind: tuple[str, str], num_views: int, detectors: list[Detector]) -> None:
+def _make_room(
+    file: h5py.File, kind: tuple[str, str], num_views: int, detectors: list[Detector], compression: str
+) -> None:
     for detector in detectors:
-        size = detector.shape
-        images = file.create_dataset(f"{kind[0]}/{size}", (num_views, size, size), np.uint16, **_options(size))
+        size, options = detector.shape, _options(detector.shape, compression)
+        images = file.create_dataset(f"{kind[0]}/{size}", (num_views, size, size), np.uint16, **options)
         images.attrs.update(scale=SCALE, offset=0.0, quantity="line integral", saturated_count=0)
         file.create_dataset(f"checks/{size}/{kind[1]}", (num_views,), np.uint32)
 
 
-def _options(size: int) -> dict:
+def _options(size: int, compression: str) -> dict:
     """Of a dataset with an image of this size to a chunk."""
-    return dict(chunks=(1, size, size), **chunks.FILTERS)
+    return dict(chunks=(1, size, size), **chunks.FILTERS[compression])
 
 
 def _describe_beam(file: h5py.File, beam: Beam, levels: list[int]) -> None:
@@ -309,8 +324,9 @@ def _describe_nodules(
 
 
 class Shard:
-    """A finished shard, open for reading. Raises InputError where it is none, unfinished or of another version.
+    """A finished shard, open for reading.
 
+    Raises InputError where it is none, unfinished or of another version, or needs a package that is missing.
     What is not read here is not checked: `violations` reads every pixel.
     """
 
@@ -320,6 +336,11 @@ class Shard:
         if found := next(_guarded(_structure(self._file)), None):
             self._file.close()
             raise InputError(f"{path}: {found}; render it again (`drrgen validate` names all that is wrong)")
+        try:
+            _require_filters(path, self._file)
+        except InputError:
+            self._file.close()
+            raise
         attributes, views = self._file.attrs, self._file["views"]
         self.patient_id, self.config_json = attributes["patient_id"], attributes["config_json"]
         self.kind, self.created_by = attributes["kind"], attributes["created_by"]
@@ -373,18 +394,20 @@ class Shard:
 def violations(path: Path, num_threads: int = 1) -> list[str]:
     """Every MUST of the schema that a file breaks, a line each, geometry, checksums and pyramid included.
 
-    [] for a sound shard. Raises InputError where the file cannot be opened as HDF5.
+    [] for a sound shard. Raises InputError where the file cannot be opened as HDF5, or needs a package that is missing.
     """
     with _opened(path) as file:
-        found = list(_guarded(_structure(file)))
-        return found or list(_guarded(_wrong_images(file, num_threads)))
+        if found := list(_guarded(_structure(file))):
+            return found
+        _require_filters(path, file)
+        return list(_guarded(_wrong_images(file, num_threads)))
 
 
 def _guarded(found: Iterator[str]) -> Iterator[str]:
     """The same lines, and one more where HDF5 itself stumbles over the file."""
     try:
         yield from found
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         yield f"unreadable: {' '.join(str(error).split())}"
 
 
@@ -559,56 +582,120 @@ def _wrong_boxes(file: h5py.File, levels: list[int]) -> Iterator[str]:
 
 
 def _wrong_images(file: h5py.File, num_threads: int) -> Iterator[str]:
-    """HDF5 reads one view after another; what is wrong with the last ones is found out meanwhile, on all threads."""
+    """HDF5 hands out one chunk after another; what is in them, and what is wrong, is found out on all threads."""
     levels = [int(size) for size in file["views"].attrs["levels"]]
-    kinds = _kinds(file)
+    crc32 = {(name, size): file[f"checks/{size}/{check}"][:] for name, check in _kinds(file) for size in levels}
+    datasets = _stored(file)
+    readers = {what: _reader(dataset) for what, dataset in datasets.items()}
     num_ahead = 2 * num_threads
     with ThreadPoolExecutor(num_threads) as pool:
         under_way: deque[Future[list[str]]] = deque()
-        # opened once: to find a dataset in a file takes as long as to read an image
-        images = {(name, size): file[f"{name}/{size}"] for name, _ in kinds for size in levels}
-        crc32 = {(name, size): file[f"checks/{size}/{check}"][:] for name, check in kinds for size in levels}
-        marks = {size: file[path] for size in levels if (path := f"truncation/{size}") in file}
         for view in range(len(file["views/azimuth_deg"])):
-            under_way.append(
-                pool.submit(_wrong_view, view, levels, _each(images, view), _each(crc32, view), _each(marks, view))
-            )
+            pixels = {what: read(view) for what, read in readers.items()}
+            expected = {what: int(values[view]) for what, values in crc32.items()}
+            under_way.append(pool.submit(_wrong_view, view, levels, pixels, expected))
             if len(under_way) > num_ahead:
                 yield from under_way.popleft().result()
         for found in under_way:
             yield from found.result()
+    for what, dataset in datasets.items():
+        yield from _wrong_to_hdf5(dataset, readers[what])
 
 
-def _each(datasets: dict[Any, Any], view: int) -> dict[Any, Any]:
-    return {what: values[view] for what, values in datasets.items()}
+def _stored(file: h5py.File) -> dict[tuple[str, int], h5py.Dataset]:
+    """Each dataset of pixels by name and level. To find one takes as long as to read an image."""
+    levels = [int(size) for size in file["views"].attrs["levels"]]
+    names = [(name, size) for name in (*(name for name, _ in _kinds(file)), "truncation") for size in levels]
+    return {(name, size): file[f"{name}/{size}"] for name, size in names if f"{name}/{size}" in file}
+
+
+def _reader(dataset: h5py.Dataset) -> Callable[[int], Callable[[], NDArray]]:
+    """Takes a view, reads it, and returns what makes its image: chunks as we write them are decoded only there.
+
+    All else that HDF5 knows to store it reads itself, at once: other filters or chunks, and a chunk that is not there.
+    """
+    compression = _compression(dataset)
+    if dataset.chunks != (1, *dataset.shape[1:]) or compression is None:
+        return lambda view: functools.partial(np.asarray, dataset[view])
+
+    def read(view: int) -> Callable[[], NDArray]:
+        try:
+            left_out, payload = dataset.id.read_direct_chunk((view, 0, 0))
+        except RuntimeError:
+            return functools.partial(np.asarray, dataset[view])
+        return functools.partial(chunks.decode, payload, left_out, compression, dataset.shape[1:], dataset.dtype)
+
+    return read
+
+
+def _compression(dataset: h5py.Dataset) -> str | None:
+    """Which of chunks.FILTERS made the chunks; None where it was none of them."""
+    match _filters(dataset):
+        case [(chunks.SHUFFLE, (dataset.dtype.itemsize,)), (code, _)]:
+            return chunks.COMPRESSION.get(code)
+    return None
+
+
+def _filters(dataset: h5py.Dataset) -> list[tuple[int, tuple[int, ...]]]:
+    """HDF5's numbers of the filters, in the order of writing, and their options."""
+    made = dataset.id.get_create_plist()
+    found = (made.get_filter(number) for number in range(made.get_nfilters()))
+    return [(code, options) for code, _, options, _ in found]
+
+
+def _require_filters(path: Path, file: h5py.File) -> None:
+    """Raises InputError where a package is missing that HDF5 needs to read the pixels."""
+    for dataset in _stored(file).values():
+        for code, _ in _filters(dataset):
+            try:
+                chunks.require(chunks.COMPRESSION.get(code, ""))
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+
+
+def _wrong_to_hdf5(dataset: h5py.Dataset, read: Callable[[int], Callable[[], NDArray]]) -> Iterator[str]:
+    """A mistake of ours we would read as we wrote it, so HDF5 reads a view, too.
+
+    Only one that is sound: of another, HDF5 makes whatever the chunk says, be it gigabytes.
+    """
+    try:
+        ours = read(0)()
+    except ValueError:
+        return
+    if not np.array_equal(ours, dataset[0]):
+        yield f"{dataset.name.lstrip('/')}: HDF5 reads another view 0 than drrgen"
 
 
 def _wrong_view(
     view: int,
     levels: list[int],
-    images: dict[tuple[str, int], Images],
-    crc32: dict[tuple[str, int], np.uint32],
-    marks: dict[int, NDArray[np.uint8]],
+    pixels: dict[tuple[str, int], Callable[[], NDArray]],
+    crc32: dict[tuple[str, int], int],
 ) -> list[str]:
     found = []
-    for name, size in images:
-        image, larger = images[name, size], images.get((name, 2 * size))
-        if _crc32(image) != crc32[name, size]:
+    images: dict[tuple[str, int], NDArray] = {}
+    for (name, size), make in pixels.items():
+        try:
+            image = images[name, size] = make()
+        except ValueError as error:
+            found.append(f"{name}/{size}: view {view} is damaged: {' '.join(str(error).split())}")
+            continue
+        larger = images.get((name, 2 * size))
+        if name == "truncation":
+            if image.max() > 1:
+                found.append(f"truncation/{size}: view {view} has other values than 0 and 1")
+            elif larger is not None and not np.array_equal(image, truncation.halved(larger)):
+                found.append(f"truncation/{size}: view {view} does not mark what the next larger level marks")
+        elif chunks.crc32(image) != crc32[name, size]:
             found.append(f"{name}/{size}: view {view} does not match its CRC-32")
         elif larger is not None and not np.array_equal(image, halved(larger)):
             found.append(f"{name}/{size}: view {view} is not the box average of the next larger level")
-    if (_SOFT[0], levels[0]) in images:
-        whole, soft, bone = (images[name, levels[0]].astype(np.int32) for name, _ in (_WHOLE, _SOFT, _BONE))
+    parts = [images.get((name, levels[0])) for name, _ in (_WHOLE, _SOFT, _BONE)]
+    if all(part is not None for part in parts):
+        whole, soft, bone = (np.asarray(part, np.int32) for part in parts)
         # each is rounded by half a step at most
         if (np.abs(whole - soft - bone) > 1)[whole < np.iinfo(np.uint16).max].any():
             found.append(f"images_soft/{levels[0]}: view {view} and its bone image do not add up to the whole")
-    larger_marks = None
-    for size, here in marks.items():
-        if here.max() > 1:
-            found.append(f"truncation/{size}: view {view} has other values than 0 and 1")
-        elif larger_marks is not None and not np.array_equal(here, truncation.halved(larger_marks)):
-            found.append(f"truncation/{size}: view {view} does not mark what the next larger level marks")
-        larger_marks = here
     return found
 
 
@@ -619,14 +706,16 @@ def _kinds(file: h5py.File) -> tuple[tuple[str, str], ...]:
 
 def halved(images: Images) -> Images:
     """The next lower level: exact 2 x 2 box averages of [..., row, column], rounded to nearest, halves up."""
-    rows = np.add(images[..., ::2, :], images[..., 1::2, :], dtype=np.uint32)
-    total = rows[..., ::2] + rows[..., 1::2]
+    # neighbours in a row are the halves of one number: sums of whole rows instead of every other pixel
+    pairs = np.ascontiguousarray(images, np.uint16).view(np.uint32)
+    upper, lower = pairs[..., ::2, :], pairs[..., 1::2, :]
+    total = upper & 0xFFFF
+    total += upper >> 16
+    total += lower & 0xFFFF
+    total += lower >> 16
     total += 2
-    return (total >> 2).astype(np.uint16)
-
-
-def _crc32(image: Images) -> int:
-    return zlib.crc32(np.ascontiguousarray(image, "<u2").data)
+    total >>= 2
+    return total.astype(np.uint16)
 
 
 def _opened(path: Path) -> h5py.File:

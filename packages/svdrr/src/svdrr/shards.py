@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from svdrr.errors import InputError
 
 SCHEMA = "drr-sphere"
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
+# HDF5's number of that filter.
+_ZSTD = 32015
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Shard:
         try:
             with h5py.File(self.path) as file:
                 stored = file[f"images/{size}"]
+                _require_filter(self.path, stored)
                 crc32 = file[f"checks/{size}/crc32"][:]
                 counts = np.stack([stored[view] for view in wanted])
                 scale, offset = float(stored.attrs["scale"]), float(stored.attrs["offset"])
@@ -128,6 +131,7 @@ def _checked(path: Path, file: h5py.File) -> Shard:
     digest.update(azimuth[:].astype("<f8").tobytes() + elevation[:].astype("<f8").tobytes())
     for size in levels:
         images = _dataset(path, file, f"images/{size}", np.uint16, (count, size, size))
+        _require_filter(path, images)
         digest.update(repr((float(_attribute(images, "scale")), float(_attribute(images, "offset")))).encode())
         digest.update(_dataset(path, file, f"checks/{size}/crc32", np.uint32, (count,))[:].astype("<u4").tobytes())
     return Shard(
@@ -141,6 +145,19 @@ def _checked(path: Path, file: h5py.File) -> Shard:
         levels=levels,
         digest=digest.hexdigest(),
     )
+
+
+def _require_filter(path: Path, images: h5py.Dataset) -> None:
+    """HDF5 reads Zstandard once hdf5plugin is imported, in each process. Raises InputError where it is missing."""
+    made = images.id.get_create_plist()
+    if _ZSTD in [made.get_filter(number)[0] for number in range(made.get_nfilters())]:
+        try:
+            import hdf5plugin  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"{path} is compressed by zstd, which needs {error.name}, which is not installed: "
+                "pip install 'svdrr[zstd]'"
+            ) from error
 
 
 def _attribute(node: h5py.Group | h5py.Dataset, name: str) -> Any:
