@@ -130,13 +130,11 @@ def line_of(path: Path, seconds: float | None = None) -> Line:
     return line if seconds is None else replace(line, seconds=round(seconds, 3), finished=_utc(time.time()))
 
 
-def confirmed(path: Path, line: Line | None) -> Line | None:
+def confirmed(path: Path, line: Line) -> Line | None:
     """The line of a finished shard as it is now; None where it is not the file that its line tells of.
 
     Bytes are counted and not read again where the time of change is the one of the line.
     """
-    if line is None:
-        return line_of(path)
     stat = path.stat()
     if stat.st_size != line.bytes:
         return None
@@ -146,15 +144,15 @@ def confirmed(path: Path, line: Line | None) -> Line | None:
 
 
 def listed(paths: Iterable[Path]) -> Iterator[tuple[Path, Line | None]]:
-    """Shards as they are; of each folder all its shards, those that are gone included, with their lines.
+    """Shards with what their folder's manifest says of each; of a folder all of them, those that are gone included.
 
     Raises InputError where a folder has none.
     """
     for path in paths:
+        lines = read(path if path.is_dir() else path.parent).lines
         if not path.is_dir():
-            yield path, None
+            yield path, lines.get(path.name)
             continue
-        lines = read(path).lines
         names = sorted({one.name for one in files(path)} | lines.keys())
         if not names:
             raise InputError(
@@ -172,10 +170,9 @@ def violations(path: Path, line: Line | None, num_threads: int = 1) -> list[str]
         return shards.violations(path, num_threads)
     if not path.exists():
         return [f"{MANIFEST} lists it, and it is gone: {_CURE}"]
-    found = shards.violations(path, num_threads)
-    if _sha256(path) != line.sha256:
-        found.append(f"its sha256 is not that of {MANIFEST}: delete it, and {_CURE}")
-    return found
+    if _sha256(path) != line.sha256:  # HDF5 is not asked: there are flipped bits over which it never ends
+        return [f"its sha256 is not that of {MANIFEST}: delete it, and {_CURE}"]
+    return shards.violations(path, num_threads)
 
 
 def read(folder: Path) -> Records:

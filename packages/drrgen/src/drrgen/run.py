@@ -186,6 +186,10 @@ def _finished(job: Job, known: dataset.Line | None, config: RenderConfig, is_ref
     path, entry = job.path, job.entry
     if not path.exists():
         return None
+    line = known and dataset.confirmed(path, known)
+    if known and not line:
+        print(f"rendering again: {path}: not as {dataset.MANIFEST} has it", file=sys.stderr)
+        return None
     try:
         shard = shards.Shard(path)
     except InputError as error:
@@ -198,10 +202,11 @@ def _finished(job: Job, known: dataset.Line | None, config: RenderConfig, is_ref
                 "choose another --out, or --overwrite"
             )
         difference = _difference(shard, entry)
-    line = None if difference else dataset.confirmed(path, known)
-    if line is None and not is_refused:
-        print(f"rendering again: {path}: {difference or f'not as {dataset.MANIFEST} has it'}", file=sys.stderr)
-    return line
+    if not difference:
+        return line or dataset.line_of(path)
+    if not is_refused:
+        print(f"rendering again: {path}: {difference}", file=sys.stderr)
+    return None
 
 
 def _other(theirs: str, ours: str) -> str:
