@@ -147,7 +147,7 @@ def untrained(config: TrainConfig, vae: AutoencoderKL) -> ViewTransformer:
     """
     settings = asdict(config.model)
     if not settings.pop("scaled_source"):
-        settings |= {"source_scale": 1 / vae.config.scaling_factor, "source_shift": vae.config.shift_factor}
+        settings |= {"source_scale": 1 / vae.config.scaling_factor, "source_shift": vae.config.shift_factor or 0.0}
     torch.manual_seed(step_seed(config.seed, config.stages[0].name, -1))
     transformer = ViewTransformer(latent_channels=config.vae.latent_channels, **settings)
     if config.init is not None:
