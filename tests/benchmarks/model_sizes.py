@@ -27,7 +27,7 @@ def parts(config: TrainConfig) -> tuple[AutoencoderKL, ViewTransformer]:
     """The autoencoder and the transformer of this recipe, on the meta device."""
     with torch.device("meta"):
         vae = autoencoder.build(config.vae.latent_channels, config.vae.block_channels, config.vae.layers_per_block)
-        return vae, untrained(config, vae)
+        return vae, untrained(config)
 
 
 def parameters(model: nn.Module) -> int:

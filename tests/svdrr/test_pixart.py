@@ -8,12 +8,10 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from svdrr import pixart
-from svdrr import vae as autoencoder
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
 from svdrr.presets import svdrr_xl
 from svdrr.train import untrained
-from svdrr.transformer import ViewTransformer
 
 TINY_SHAPE = {"patch_size": 2, "num_layers": 2, "num_heads": 2, "head_dim": 8}
 
@@ -49,14 +47,10 @@ def like_the_paper(tiny: TrainConfig) -> TrainConfig:
     return replace(tiny, model=replace(svdrr_xl().model, **TINY_SHAPE, image_embedding=5))
 
 
-def begun(config: TrainConfig) -> ViewTransformer:
-    return untrained(config, autoencoder.build(config.vae.latent_channels, config.vae.block_channels, 1))
-
-
 def test_svdrr_xl_has_the_papers_size_and_pixarts_tensors() -> None:
     """604.8 million parameters, tensor by tensor those of diffusers' PixArt with 8 channels in and 4 out."""
     with torch.device("meta"):
-        ours = begun(svdrr_xl())
+        ours = untrained(svdrr_xl())
         reference = pixart_model(8, 4)
     shapes = {name: tensor.shape for name, tensor in pixart.mapped(reference.state_dict(), 28, 4, 4).items()}
     shapes["patch.weight"] = torch.Size([1152, 16])  # PixArt's eight channels are here two layers of four
@@ -78,7 +72,7 @@ def test_with_pixarts_weights_it_computes_what_pixart_does(
 
     The source beside the noisy latent is silent at first. 16 latent pixels of 128 in the image, so its scale is 1/4.
     """
-    ours = begun(replace(like_the_paper, init=str(tmp_path)))
+    ours = untrained(replace(like_the_paper, init=str(tmp_path)))
     generator = torch.Generator().manual_seed(1)
     noisy, source = torch.randn(2, 3, 2, 16, 16, generator=generator)
     pose, embedding = torch.randn(3, 4, generator=generator), torch.randn(3, 5, generator=generator)
@@ -98,7 +92,7 @@ def test_says_what_is_new_and_what_is_not_used(
 ) -> None:
     theirs.save_pretrained(tmp_path / "a pipeline/transformer")
     for init in (tmp_path, tmp_path / "a pipeline"):
-        model = begun(replace(like_the_paper, init=str(init)))
+        model = untrained(replace(like_the_paper, init=str(init)))
         said = capsys.readouterr().err
         new, unused = said.split("; not used: ")
         assert "pooled_token.weight" in new
@@ -120,4 +114,4 @@ def test_other_weights_are_refused(
         (wider, tmp_path, "of another shape than this model"),
     ]:
         with pytest.raises(InputError, match=expected):
-            begun(replace(config, init=str(init)))
+            untrained(replace(config, init=str(init)))

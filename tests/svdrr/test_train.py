@@ -102,6 +102,15 @@ def test_a_diffusion_of_epsilon_is_trained_and_saved_with_its_scheduler(
     assert pipeline.transformer.config.source_scale == pytest.approx(1 / pipeline.vae.config.scaling_factor)
 
 
+def test_weights_to_begin_from_that_are_missing_cost_no_training(
+    tiny: TrainConfig, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no PixArt weights at .*empty"):
+        train(replace(tiny, init=str(tmp_path / "empty")), shards, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_a_model_that_needs_what_is_missing_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="svdrr-xl needs a frozen CLIP encoder"):
         train(preset("svdrr-xl", seed=0), tmp_path / "nowhere", tmp_path / "run")

@@ -15,7 +15,7 @@ from svdrr.errors import InputError
 from svdrr.pipeline import STEPS, SVDRRPipeline, scheduler
 from svdrr.pose import Views
 from svdrr.presets import svdrr_xl
-from svdrr.train import pair_loss, untrained
+from svdrr.train import pair_loss, unscale_source, untrained
 from svdrr.transformer import ViewTransformer, condition
 
 CHANNELS, SIZE, CELLS = 2, 16, 8
@@ -49,16 +49,18 @@ CHANGED = {
 CHANGED["the paper"] = set().union(*CHANGED.values())
 
 
-def the_vae(scaling_factor: float = 0.5, shift_factor: float = 0.25) -> autoencoder.AutoencoderKL:
+def the_vae() -> autoencoder.AutoencoderKL:
     torch.manual_seed(0)
     vae = autoencoder.build(CHANNELS, (4, 8), 1)
-    vae.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
     return vae
 
 
 def awake(config: TrainConfig, model: ModelConfig) -> ViewTransformer:
     """The variant with every weight moved, as training would."""
-    transformer = untrained(replace(config, model=model), the_vae())
+    transformer = untrained(replace(config, model=model))
+    if not model.scaled_source:
+        unscale_source(transformer, the_vae())
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -97,7 +99,7 @@ def variant(request: pytest.FixtureRequest) -> ModelConfig:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_switch_changes_the_parameters_that_it_names(tiny: TrainConfig, name: str) -> None:
     def shapes(variant: ModelConfig) -> dict[str, torch.Size]:
-        state = untrained(replace(tiny, model=variant), the_vae()).state_dict()
+        state = untrained(replace(tiny, model=variant)).state_dict()
         return {name: tensor.shape for name, tensor in state.items()}
 
     ours, others, expected = shapes(VARIANTS["ours"]), shapes(VARIANTS[name]), CHANGED.get(name, set())
@@ -186,8 +188,7 @@ def test_a_relative_pose_does_not_know_how_both_views_are_turned(tiny: TrainConf
 @pytest.mark.parametrize("name", ["ours", "unscaled source"])
 def test_an_unscaled_source_is_what_the_autoencoder_made(tiny: TrainConfig, name: str) -> None:
     """The model hears of the source what enters `patch_condition`: one pixel of a patch is one number there."""
-    vae = the_vae(scaling_factor=0.5, shift_factor=0.25)
-    transformer = untrained(replace(tiny, model=VARIANTS[name]), vae)
+    vae, transformer = the_vae(), awake(tiny, VARIANTS[name])
     heard: list[Tensor] = []
     transformer.patch_condition.register_forward_hook(lambda *call: heard.append(call[1][0]))
     image = 8 * torch.rand(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -202,7 +203,7 @@ def test_an_unscaled_source_is_what_the_autoencoder_made(tiny: TrainConfig, name
 
 def test_what_is_not_preconditioned_is_silent_at_the_start(tiny: TrainConfig) -> None:
     """With preconditioning it starts at the linear guess: see test_transformer.py."""
-    transformer = untrained(replace(tiny, model=VARIANTS["not preconditioned"]), the_vae())
+    transformer = untrained(replace(tiny, model=VARIANTS["not preconditioned"]))
     assert torch.equal(predicted(transformer, told(VARIANTS["ours"])), torch.zeros(3, CHANNELS, CELLS, CELLS))
 
 

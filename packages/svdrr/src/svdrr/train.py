@@ -77,13 +77,15 @@ def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max
         session = Session(config, run, accelerator, stop, train_shards, val_shards)
         try:
             checkpoint = latest(run.checkpoints)
+            transformer = untrained(config)  # first, for what is wrong with its `init` costs no autoencoder's training
             if not run.vae.is_dir():
                 train_vae(session, checkpoint)
             vae = AutoencoderKL.from_pretrained(run.vae).to(accelerator.device).requires_grad_(False)
 
             names = [stage.name for stage in config.stages]
             begin = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
-            transformer = untrained(config, vae)
+            if not config.model.scaled_source:
+                unscale_source(transformer, vae)
             for stage in config.stages[begin:]:
                 transformer = train_stage(session, stage, vae, transformer, checkpoint)
             save_pipeline(session, vae, transformer)
@@ -140,14 +142,13 @@ def train_vae(session: Session, checkpoint: Checkpoint | None) -> None:
         vae.save_pretrained(partial)
 
 
-def untrained(config: TrainConfig, vae: AutoencoderKL) -> ViewTransformer:
-    """The transformer as the first stage starts with it, for latents of this autoencoder.
+def untrained(config: TrainConfig) -> ViewTransformer:
+    """The transformer as the first stage starts with it.
 
     Raises InputError where it is to begin from weights (`init`) that are missing or of another shape.
     """
     settings = asdict(config.model)
-    if not settings.pop("scaled_source"):
-        settings |= {"source_scale": 1 / vae.config.scaling_factor, "source_shift": vae.config.shift_factor or 0.0}
+    del settings["scaled_source"]  # which is known when the autoencoder is: see unscale_source
     torch.manual_seed(step_seed(config.seed, config.stages[0].name, -1))
     transformer = ViewTransformer(latent_channels=config.vae.latent_channels, **settings)
     if config.init is not None:
@@ -156,6 +157,12 @@ def untrained(config: TrainConfig, vae: AutoencoderKL) -> ViewTransformer:
             f"begun from {config.init}; new: {_listed(loaded.new)}; not used: {_listed(loaded.unused)}", file=sys.stderr
         )
     return transformer
+
+
+def unscale_source(transformer: ViewTransformer, vae: AutoencoderKL) -> None:
+    """From now on the transformer undoes the normalisation of its source's latents, as this autoencoder has it."""
+    shift = vae.config.shift_factor or 0.0  # the SDXL one has none
+    transformer.register_to_config(source_scale=1 / vae.config.scaling_factor, source_shift=shift)
 
 
 def _listed(names: list[str]) -> str:
