@@ -7,7 +7,7 @@ CT     ?= ../shared/data/lidc-idri-0001
 PACKAGES := packages/drrgen packages/svdrr
 SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
-.PHONY: demo test lint figures bench bench-pipeline bench-gpu help
+.PHONY: demo test lint figures bench bench-pipeline bench-gpu sizes help
 
 demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
 	@cat demo/report.md
@@ -43,6 +43,9 @@ bench-pipeline: .venv/ready  ## what render does with its time, compression besi
 
 bench-gpu: .venv/ready  ## the cuda projector on this machine's GPU, in numbers; nanodrr too, if it is installed
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/cuda.py $(wildcard $(CT))
+
+sizes: .venv/ready  ## parameters, memory and FLOPs of the presets, counted (seconds)
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.model_sizes --document docs/training.md
 
 help:  ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -68,7 +68,7 @@ def views_tables(rows) -> str:
             + [_number(other.one_ms / fast.one_ms), _number(fast.many_per_s), _number(other.many_per_s)]
             + [_number(fast.many_per_s / other.many_per_s), *map(_error, (fast.rms, ray.rms, fast.max, ray.max))]
         )
-    compared = _table(heads, lines)
+    compared = table(heads, lines)
     heads = ["size", "view", "projector", "ms, one view", "views/s of many", "of them", "times RTK", "Msamples/s"]
     lines = []
     for row in rows:
@@ -81,7 +81,7 @@ def views_tables(rows) -> str:
             + [_error(row.rms), _error(row.max), _error(row.rms_to_ray)]
         )
     heads += ["rms", "max", "rms to the central ray"]
-    return f"{compared}\n\n<details><summary>Every projector</summary>\n\n{_table(heads, lines)}\n\n</details>"
+    return f"{compared}\n\n<details><summary>Every projector</summary>\n\n{table(heads, lines)}\n\n</details>"
 
 
 def smooth_table(rows) -> str:
@@ -112,7 +112,7 @@ def smooth_table(rows) -> str:
             [row.voxel_mm, row.projector, row.note or _error(row.rms_ray), _error(row.max_ray), orders[0]]
             + [_error(row.rms_area), _error(row.max_area), orders[1]]
         )
-    return _table(heads, lines)
+    return table(heads, lines)
 
 
 def sphere_table(rows) -> str:
@@ -123,19 +123,19 @@ def sphere_table(rows) -> str:
         for row in rows
     ]
     heads = ["threads", "s", "processor s", "views/s", "times one thread"]
-    return f"{first.views} views of {first.size} pixels.\n\n{_table(heads, lines)}"
+    return f"{first.views} views of {first.size} pixels.\n\n{table(heads, lines)}"
 
 
 def beams_table(rows) -> str:
     lines = [[row.what, _ms(row.processor_ms), f"{row.processor_ms / rows[0].processor_ms:.2f}"] for row in rows]
-    return _table(["", "processor ms a view", "times one energy"], lines)
+    return table(["", "processor ms a view", "times one energy"], lines)
 
 
 def start_table(rows) -> str:
     lines = [[f"`{row.what}`" if " " in row.what and "import" in row.what else row.what] for row in rows]
     for line, row in zip(lines, rows, strict=True):
         line += [f"{row.empty_cache_s:.2f}", f"{row.warm_cache_s:.2f}"]
-    return _table(["", "s, nothing compiled before", "s, next process"], lines)
+    return table(["", "s, nothing compiled before", "s, next process"], lines)
 
 
 def plot(rows, path: Path) -> None:
@@ -180,7 +180,8 @@ def publish(document: Path, part: str, text: str) -> None:
     document.write_text(between.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", old))
 
 
-def _table(heads: Sequence, lines: Sequence[Sequence]) -> str:
+def table(heads: Sequence, lines: Sequence[Sequence]) -> str:
+    """A Markdown table."""
     rows = [heads, ["---"] * len(heads), *lines]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 

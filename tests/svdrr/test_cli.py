@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from PIL import Image
 from svdrr import radiograph
 from svdrr.cli import main
 from svdrr.config import TrainConfig
-from svdrr.presets import toy
+from svdrr.presets import svdrr_xl, toy
 from svdrr.shards import open_folder
 from svdrr.train import train
 
@@ -53,6 +54,8 @@ def test_the_command_line_does_not_import_torch() -> None:
 def test_a_dry_run_prints_the_settings(tmp_path: Path) -> None:
     result = svdrr(tmp_path, "train", "--shards", "nowhere", "--seed", 3, "--dry-run")
     assert TrainConfig.from_json(json.loads(result.stdout)) == toy(seed=3)
+    result = svdrr(tmp_path, "train", "--preset", "svdrr-xl", "--init", "PixArt", "--dry-run")
+    assert TrainConfig.from_json(json.loads(result.stdout)) == replace(svdrr_xl(), init="PixArt")
     assert not list(tmp_path.iterdir())
 
 
@@ -84,7 +87,8 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["train", "--shards", "empty"], "no shard (*.h5) in empty"),
         (["train", "--shards", "broken"], "broken/x.h5 is not a readable HDF5 file"),
         (["train", "--shards", "shards"], "one patient only (P-00)"),
-        (["train", "--preset", "huge"], "--preset is one of toy"),
+        (["train", "--preset", "huge"], "--preset is one of toy, small, base, svdrr-xl"),
+        (["train", "--preset", "svdrr-xl"], "needs a frozen CLIP encoder"),
         (["train", "--shards", "more shards", "--out", "a file/run"], "Not a directory"),
         (["sample", "--image", "x.png", "--theta", "nan"], "no angles"),
         (["sample", "--image", "x.png", "--theta", 30], "no model in runs/latest: train one with `svdrr train"),

@@ -79,7 +79,7 @@ def test_a_batch_holds_the_latents_and_the_rays_of_its_pairs(shards: Path) -> No
     for index, array in enumerate(latents):
         array += np.arange(len(array))[:, None, None, None] / 16 + index
     pairs = draw_pairs(opened, 5, 0.5, seed=3)
-    batch = gather(opened, latents, pairs, 32, torch.device("cpu"))
+    batch = gather(opened, latents, pairs, 32, True, torch.device("cpu"))
     assert torch.equal(batch.target_latent[:, 0, 0, 0], torch.tensor(2 * pairs.shard + pairs.target / 16).float())
     source = batch.condition["source_latent"]
     assert torch.equal(source[:, 0, 0, 0], torch.tensor(2 * pairs.shard + pairs.source / 16).float())

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from svdrr.pose import BODY_MM, POSE_FEATURES, Views, pose_features, projection, ray_map, source_from_isocentre_mm
+from svdrr.pose import (
+    BODY_MM,
+    POSE_FEATURES,
+    Views,
+    pose_features,
+    projection,
+    ray_map,
+    relative_pose,
+    source_from_isocentre_mm,
+)
 
 SIZE = 16
 EXACT = 1e-9
@@ -75,3 +84,14 @@ def test_features_know_a_full_turn_and_tell_all_else_apart() -> None:
     assert torch.allclose(reference, features((0, 0), (390, 10)), atol=EXACT)
     for other in (features((30, 10), (0, 0)), features((0, 0), (-30, 10)), features((0, 0), (30, 10), sdd_mm=1100.0)):
         assert (reference - other).abs().max() > 0.1
+
+
+def test_the_relative_pose_is_source_minus_target() -> None:
+    """From PA to a view 90 degrees to the left and 30 up: the polar angle falls by 30, so source minus target rises."""
+
+    def views(azimuth_deg: float, elevation_deg: float) -> Views:
+        return Views(*(torch.tensor([x], dtype=torch.float64) for x in (azimuth_deg, elevation_deg, 1800, 1640, 432)))
+
+    expected = torch.tensor([[torch.pi / 6, -1, 0, 0]], dtype=torch.float64)
+    assert torch.allclose(relative_pose(views(0, 0), views(90, 30)), expected, atol=EXACT)
+    assert torch.allclose(relative_pose(views(200, 10), views(-70, 40)), expected, atol=EXACT)

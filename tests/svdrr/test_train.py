@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 from torch import nn
 
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
 from svdrr.pipeline import SVDRRPipeline
+from svdrr.presets import preset
 from svdrr.shards import open_folder
 from svdrr.train import data_digest, schedule, train, update_average
 
@@ -85,6 +87,33 @@ def test_leaves_a_documented_folder_a_log_and_a_model(
     assert (pipeline.config.size, pipeline.scheduler.config.shift) == (32, 2.0)
     assert (pipeline.config.sdd_mm, pipeline.config.sod_mm, pipeline.config.detector_mm) == (1800, 1640, 432)
     assert list(pipeline.config.film_line_integrals) == sorted(pipeline.config.film_line_integrals)
+
+
+def test_a_diffusion_of_epsilon_is_trained_and_saved_with_its_scheduler(
+    tiny: TrainConfig, shards: Path, tmp_path: Path
+) -> None:
+    """Together with the other switches that a run without CLIP can have."""
+    switches = {"pooled_source": True, "ray_maps": False, "absolute_pose": False, "scaled_source": False}
+    config = replace(tiny, model=replace(tiny.model, prediction="epsilon", preconditioned=False, **switches))
+    run = train(config, shards, tmp_path / "run")
+    assert all(math.isfinite(line["loss"]) for line in log(run) if "loss" in line)
+    pipeline = SVDRRPipeline.from_pretrained(run / "model")
+    assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
+    assert pipeline.transformer.config.source_scale == pytest.approx(1 / pipeline.vae.config.scaling_factor)
+
+
+def test_weights_to_begin_from_that_are_missing_cost_no_training(
+    tiny: TrainConfig, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no PixArt weights at .*empty"):
+        train(replace(tiny, init=str(tmp_path / "empty")), shards, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_model_that_needs_what_is_missing_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="svdrr-xl needs a frozen CLIP encoder"):
+        train(preset("svdrr-xl", seed=0), tmp_path / "nowhere", tmp_path / "run")
 
 
 def test_a_finished_run_says_so(

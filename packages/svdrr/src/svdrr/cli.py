@@ -20,18 +20,20 @@ app = typer.Typer(
 @app.command("train")
 def train_command(
     shards: Annotated[Path, typer.Option(help="Folder of shards, as `drrgen render` writes it.")] = Path("shards"),
-    preset: Annotated[str, typer.Option(help="The recipe: toy.")] = "toy",
+    preset: Annotated[str, typer.Option(help="The recipe: toy, small, base, svdrr-xl.")] = "toy",
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/<date>-<preset> by default.")] = None,
     max_minutes: Annotated[float | None, typer.Option(min=0, help="Save and stop after this time.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    init: Annotated[str | None, typer.Option(help="PixArt's weights to begin from: a folder or a hub id.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
 ) -> None:
     """Train a model on shards. The same command goes on where a run was stopped."""
     import json
+    from dataclasses import replace
 
     from svdrr import presets
 
-    config = presets.preset(preset, seed)
+    config = replace(presets.preset(preset, seed), init=init)
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
         return

@@ -22,12 +22,27 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The ViewTransformer's shape."""
+    """The ViewTransformer's shape, and its switches, which are explained there.
+
+    scaled_source: the source's latent comes normalised like the target's; without, as the autoencoder makes it.
+    """
 
     patch_size: int
     num_layers: int
     num_heads: int
     head_dim: int
+    prediction: str = "velocity"
+    preconditioned: bool = True
+    scaled_source: bool = True
+    pooled_source: bool = False
+    image_embedding: int | None = None
+    ray_maps: bool = True
+    absolute_pose: bool = True
+    pose_modulation: bool = True
+    qk_norm: bool = True
+    cross_norm: bool = True
+    pixart_positions: bool = False
+    norm_eps: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,7 @@ class TrainConfig:
     validation_pairs: int
     checkpoint_every: int
     keep_checkpoints: int
+    init: str | None = None  # PixArt's weights, which the transformer begins from: a folder or a hub id
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values."""

@@ -109,8 +109,18 @@ class Batch(NamedTuple):
     condition: dict[str, Tensor]
 
 
-def gather(shards: Sequence[Shard], latents: Sequence[NDArray], pairs: Pairs, size: int, device: torch.device) -> Batch:
-    """The pairs' latents and geometry; latents: [V, C, h, w] of each shard, of its images of `size` pixels."""
+def gather(
+    shards: Sequence[Shard],
+    latents: Sequence[NDArray],
+    pairs: Pairs,
+    size: int,
+    absolute_pose: bool,
+    device: torch.device,
+) -> Batch:
+    """The pairs' latents and geometry; latents: [V, C, h, w] of each shard, of its images of `size` pixels.
+
+    absolute_pose: as in transformer.condition.
+    """
 
     def pick(view: NDArray[np.int64]) -> Tensor:
         rows = [latents[s][v] for s, v in zip(pairs.shard, view, strict=True)]
@@ -122,4 +132,5 @@ def gather(shards: Sequence[Shard], latents: Sequence[NDArray], pairs: Pairs, si
             rows.append((shard.azimuth_deg[v], shard.elevation_deg[v], shard.sdd_mm, shard.sod_mm, shard.detector_mm))
         return Views(*torch.tensor(rows, dtype=torch.float32, device=device).unbind(dim=1))
 
-    return Batch(pick(pairs.target), condition(pick(pairs.source), views(pairs.source), views(pairs.target), size))
+    told = condition(pick(pairs.source), views(pairs.source), views(pairs.target), size, absolute_pose)
+    return Batch(pick(pairs.target), told)

@@ -1,12 +1,42 @@
-"""Rectified flow: straight paths from data to noise, the velocity along them, and the loss.
+"""What a transformer can be trained to predict: the velocity of a rectified flow, or the noise of a diffusion.
 
-Liu et al. 2022 ("Flow Straight and Fast"), with the time sampling of Esser et al. 2024 (Stable Diffusion 3). The
-conventions are those of diffusers' FlowMatchEulerDiscreteScheduler: sigma runs from 0 (data) to 1 (noise), the model's
-timestep is 1000 sigma, and a step follows the velocity d x / d sigma.
+Both take data to noise along a path, alpha(t) data + sigma(t) noise, and number its points by a timestep between 0
+(data) and NUM_TIMESTEPS (noise). OBJECTIVES holds what differs.
+
+- velocity: straight paths (Liu et al. 2022, "Flow Straight and Fast"), with the time sampling of Esser et al. 2024
+  (Stable Diffusion 3). The conventions are those of diffusers' FlowMatchEulerDiscreteScheduler: sigma runs from 0 to
+  1, the timestep is 1000 sigma, and a step follows the velocity d x / d sigma.
+- epsilon: the noise itself, over the linear betas of Ho et al. 2020 (DDPM), which PixArt and SV-DRR use. Timesteps are
+  the whole numbers 0 to 999 of diffusers' schedulers.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+BETA_RANGE = (1e-4, 0.02)
+
+
+class Noised(NamedTuple):
+    """A training task: points [B, ...] of B paths, their timesteps [B], and the [B, ...] that is to be predicted."""
+
+    latents: Tensor
+    timestep: Tensor
+    target: Tensor
+
+
+class Objective(NamedTuple):
+    """noised: (data, noise, shift, generator) to a training task at noise levels drawn from the generator.
+
+    linear_guess: timesteps to (slope, spread), each as they are shaped: for data of unit variance, slope x is the best
+    linear guess of the target from the point x, and spread is the standard deviation of what it misses.
+    """
+
+    noised: Callable[[Tensor, Tensor, float, torch.Generator], Noised]
+    linear_guess: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
@@ -21,10 +51,58 @@ def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
 
 def path(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The point at sigma [B] on the straight line from data to noise, both [B, ...]."""
-    sigma = sigma.view(-1, *[1] * (data.ndim - 1))
+    sigma = _beside(sigma, data)
     return (1 - sigma) * data + sigma * noise
 
 
-def loss(velocity: Tensor, data: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error to the path's velocity, noise - data, per sample: [B]."""
-    return (velocity - (noise - data)).square().flatten(1).mean(dim=1)
+def velocity_noised(data: Tensor, noise: Tensor, shift: float, generator: torch.Generator) -> Noised:
+    """Points of straight paths at shifted logit-normal sigmas; the target is noise - data."""
+    sigma = draw_sigmas(len(data), shift, generator).to(data.device)
+    return Noised(path(data, noise, sigma), sigma * NUM_TIMESTEPS, noise - data)
+
+
+def velocity_guess(timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """See Objective."""
+    sigma = timestep / NUM_TIMESTEPS
+    variance = (1 - sigma) ** 2 + sigma**2
+    return (2 * sigma - 1) / variance, variance**-0.5
+
+
+def alpha_sigma(timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of data and of noise is left at whole timesteps of the diffusion; alpha^2 + sigma^2 = 1."""
+    betas = torch.linspace(*BETA_RANGE, NUM_TIMESTEPS, device=timestep.device)
+    signal = (1 - betas).cumprod(dim=0)[timestep.long()]
+    return signal.sqrt(), (1 - signal).sqrt()
+
+
+def diffused(data: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """The point at the timestep [B] on the diffusion's path from data to noise, both [B, ...]."""
+    alpha, sigma = alpha_sigma(_beside(timestep, data))
+    return alpha * data + sigma * noise
+
+
+def epsilon_noised(data: Tensor, noise: Tensor, shift: float, generator: torch.Generator) -> Noised:
+    """Points of the diffusion at uniform timesteps, which its betas already spread: `shift` is the flow's alone."""
+    timestep = torch.randint(NUM_TIMESTEPS, (len(data),), generator=generator).to(data.device)
+    return Noised(diffused(data, noise, timestep), timestep, noise)
+
+
+def epsilon_guess(timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """See Objective."""
+    alpha, sigma = alpha_sigma(timestep)
+    return sigma, alpha
+
+
+OBJECTIVES = {
+    "velocity": Objective(velocity_noised, velocity_guess),
+    "epsilon": Objective(epsilon_noised, epsilon_guess),
+}
+
+
+def loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error, per sample: [B]."""
+    return (prediction - target).square().flatten(1).mean(dim=1)
+
+
+def _beside(levels: Tensor, data: Tensor) -> Tensor:
+    return levels.view(-1, *[1] * (data.ndim - 1))

@@ -4,17 +4,38 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from svdrr import flow
 from svdrr import vae as autoencoder
 from svdrr.pose import Views
 from svdrr.transformer import ViewTransformer, condition
 
 FILM_PERCENTILES = (1.0, 25.0, 50.0, 75.0, 99.0)
 """Of a film's grey values, matched to those of the training views from PA: see radiograph.from_film."""
+
+STEPS = {"velocity": 8, "epsilon": 20}
+"""Of sampling, by what the model predicts; SV-DRR takes 20."""
+
+
+def scheduler(prediction: str, shift: float) -> SchedulerMixin:
+    """What samples a model that predicts this: Euler's steps along a flow, DPM-Solver++ for a diffusion.
+
+    shift: of the flow's noise levels, as in training.
+    """
+    if prediction == "velocity":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    start, end = flow.BETA_RANGE
+    return DPMSolverMultistepScheduler(beta_start=start, beta_end=end, beta_schedule="linear")
 
 
 @dataclass
@@ -40,7 +61,7 @@ class SVDRRPipeline(DiffusionPipeline):
         self,
         vae: AutoencoderKL,
         transformer: ViewTransformer,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         size: int = 128,
         sdd_mm: float = 1800.0,
         sod_mm: float = 1640.0,
@@ -66,14 +87,16 @@ class SVDRRPipeline(DiffusionPipeline):
         sdd_mm: float | None = None,
         sod_mm: float | None = None,
         detector_mm: float | None = None,
-        num_inference_steps: int = 8,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
+        image_embedding: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> SVDRROutput:
         """The views at `targets_deg`, B pairs of (azimuth, elevation), from a source view at `source_deg`.
 
         source: line integrals [1 or B, 1, N, N]. The distances, of source and targets alike, are those of training by
-        default. guidance_scale: 1 samples the model as it is; more pushes away from what the null condition gives.
+        default, and so is the number of steps (STEPS). guidance_scale: 1 samples the model as it is; more pushes away
+        from what the null condition gives. image_embedding: [1 or B, E] of the source, for a model that needs it.
         generator: one for all or one per target; a CPU generator gives the same noise on every device.
         """
         device = self._execution_device
@@ -88,19 +111,30 @@ class SVDRRPipeline(DiffusionPipeline):
 
         source_latent = autoencoder.encode(self.vae, source.to(device, self.vae.dtype)).to(self.transformer.dtype)
         source_latent = source_latent.expand(count, -1, -1, -1)
-        told = condition(source_latent, source_views, target_views, source.shape[-1])
+        absolute_pose = self.transformer.config.absolute_pose
+        told = condition(source_latent, source_views, target_views, source.shape[-1], absolute_pose)
+        if image_embedding is not None:
+            told["image_embedding"] = image_embedding.to(source_latent).expand(count, -1)
         null = torch.ones(count, dtype=torch.bool, device=device)
 
         latents = randn_tensor(source_latent.shape, generator, device, source_latent.dtype)
-        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
+        self._set_timesteps(num_inference_steps, device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             timesteps = timestep.expand(count)
-            velocity = self.transformer(latents, timesteps, **told)
+            predicted = self.transformer(latents, timesteps, **told)
             if guidance_scale != 1:
                 without = self.transformer(latents, timesteps, **told, drop_source=null)
-                velocity = without + guidance_scale * (velocity - without)
-            latents = self.scheduler.step(velocity, timestep, latents).prev_sample
+                predicted = without + guidance_scale * (predicted - without)
+            latents = self.scheduler.step(predicted, timestep, latents).prev_sample
         return SVDRROutput(line_integrals=autoencoder.decode(self.vae, latents.to(self.vae.dtype)))
+
+    def _set_timesteps(self, steps: int | None, device: torch.device) -> None:
+        prediction = self.transformer.config.prediction
+        steps = STEPS[prediction] if steps is None else steps
+        if prediction == "velocity":  # the scheduler's own spacing would begin at less than pure noise
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
+        else:
+            self.scheduler.set_timesteps(steps, device=device)
 
 
 def _views(angles_deg: list[tuple[float, float]], lengths_mm: tuple[float, float, float]) -> Views:

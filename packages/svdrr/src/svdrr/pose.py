@@ -1,6 +1,6 @@
 """The reader's half of docs/geometry.md: angles in, the rays and the features that the model is told about, out."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ REFERENCE_PIXEL_MM = 432 / 512
 HARMONICS = 4
 POSE_FEATURES = 2 * 2 * 2 * HARMONICS + 6 + 2
 """sin and cos of 4 harmonics of 2 angles of 2 views; 6 numbers of the relative rotation; log SDD; log pixel pitch."""
+RELATIVE_POSE_FEATURES = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Views:
 
     def to(self, device: torch.device | str) -> "Views":
         return Views(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def turned(self, azimuth_deg: Tensor) -> "Views":
+        """The views with the whole world turned about the body's long axis by these angles [B]."""
+        return replace(self, azimuth_deg=self.azimuth_deg + azimuth_deg)
 
 
 def view_axes(azimuth_deg: Tensor, elevation_deg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,3 +108,14 @@ def pose_features(source: Views, target: Views, size: int) -> Tensor:
         ],
         dim=1,
     )
+
+
+def relative_pose(source: Views, target: Views) -> Tensor:
+    """What Zero-1-to-3 and SV-DRR tell their models about a pair of views: [B, RELATIVE_POSE_FEATURES].
+
+    (difference of polar angles, sin and cos of the difference of azimuths, 0 for that of radii), source minus target,
+    in radians; the polar angle is counted from the cranial end, so it falls where the elevation rises.
+    """
+    polar = torch.deg2rad(target.elevation_deg - source.elevation_deg)
+    azimuth = torch.deg2rad(source.azimuth_deg - target.azimuth_deg)
+    return torch.stack([polar, azimuth.sin(), azimuth.cos(), torch.zeros_like(polar)], dim=-1)

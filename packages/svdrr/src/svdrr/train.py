@@ -10,29 +10,29 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from svdrr import flow, metrics
+from svdrr import flow, metrics, pixart
 from svdrr import vae as autoencoder
 from svdrr.checkpoint import Checkpoint, latest, restore, save, state
 from svdrr.config import StageConfig, TrainConfig
 from svdrr.data import Batch, draw_pairs, gather, step_seed, training_shards
 from svdrr.errors import InputError
 from svdrr.latents import cache
-from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline
+from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline, scheduler
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
 from svdrr.stop import StoppedError, StopRequest
-from svdrr.transformer import NUM_TIMESTEPS, ViewTransformer
+from svdrr.transformer import ViewTransformer
 
 VAE_STAGE = "vae"
 MEASURED_IMAGES = 128
@@ -50,6 +50,11 @@ def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max
     Raises InputError for shards that cannot be trained on or an `out` that holds another run, and SystemExit(128 +
     signal) after a clean stop by SIGINT or SIGTERM.
     """
+    if config.model.image_embedding:
+        raise InputError(
+            f"the model of {config.preset} needs a frozen CLIP encoder, which this version does not have: "
+            "choose another --preset (docs/training.md says what this one is good for)"
+        )
     shards = open_folder(shards_folder)
     train_shards, val_shards = training_shards(shards)
     for shard in train_shards + val_shards:
@@ -72,13 +77,15 @@ def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max
         session = Session(config, run, accelerator, stop, train_shards, val_shards)
         try:
             checkpoint = latest(run.checkpoints)
+            transformer = untrained(config)  # first, for what is wrong with its `init` costs no autoencoder's training
             if not run.vae.is_dir():
                 train_vae(session, checkpoint)
             vae = AutoencoderKL.from_pretrained(run.vae).to(accelerator.device).requires_grad_(False)
 
             names = [stage.name for stage in config.stages]
             begin = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
-            transformer = untrained(config)
+            if not config.model.scaled_source:
+                unscale_source(transformer, vae)
             for stage in config.stages[begin:]:
                 transformer = train_stage(session, stage, vae, transformer, checkpoint)
             save_pipeline(session, vae, transformer)
@@ -136,15 +143,30 @@ def train_vae(session: Session, checkpoint: Checkpoint | None) -> None:
 
 
 def untrained(config: TrainConfig) -> ViewTransformer:
-    """The transformer as the first stage starts with it."""
+    """The transformer as the first stage starts with it.
+
+    Raises InputError where it is to begin from weights (`init`) that are missing or of another shape.
+    """
+    settings = asdict(config.model)
+    del settings["scaled_source"]  # which is known when the autoencoder is: see unscale_source
     torch.manual_seed(step_seed(config.seed, config.stages[0].name, -1))
-    return ViewTransformer(
-        latent_channels=config.vae.latent_channels,
-        patch_size=config.model.patch_size,
-        num_layers=config.model.num_layers,
-        num_heads=config.model.num_heads,
-        head_dim=config.model.head_dim,
-    )
+    transformer = ViewTransformer(latent_channels=config.vae.latent_channels, **settings)
+    if config.init is not None:
+        loaded = pixart.load(transformer, config.init)
+        print(
+            f"begun from {config.init}; new: {_listed(loaded.new)}; not used: {_listed(loaded.unused)}", file=sys.stderr
+        )
+    return transformer
+
+
+def unscale_source(transformer: ViewTransformer, vae: AutoencoderKL) -> None:
+    """From now on the transformer undoes the normalisation of its source's latents, as this autoencoder has it."""
+    shift = vae.config.shift_factor or 0.0  # the SDXL one has none
+    transformer.register_to_config(source_scale=1 / vae.config.scaling_factor, source_shift=shift)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"
 
 
 def train_stage(
@@ -171,14 +193,16 @@ def train_stage(
     def loss_at(model: nn.Module, step: int) -> Tensor:
         seed = step_seed(config.seed, stage.name, step)
         pairs = draw_pairs(session.train_shards, stage.batch, config.pa_fraction, seed)
-        batch = gather(*train_data, pairs, stage.size, device)
-        return pair_loss(model, batch, stage.shift, config.drop_source, torch.Generator().manual_seed(seed))
+        batch = gather(*train_data, pairs, stage.size, config.model.absolute_pose, device)
+        generator = torch.Generator().manual_seed(seed)
+        return pair_loss(model, batch, config.model.prediction, stage.shift, config.drop_source, generator)
 
     def validate(model: nn.Module) -> float:
         seed = step_seed(config.seed, "validation", 0)
         pairs = draw_pairs(session.val_shards, config.validation_pairs, config.pa_fraction, seed)
-        batch = gather(*val_data, pairs, stage.size, device)
-        return pair_loss(model, batch, stage.shift, 0, torch.Generator().manual_seed(seed)).item()
+        batch = gather(*val_data, pairs, stage.size, config.model.absolute_pose, device)
+        generator = torch.Generator().manual_seed(seed)
+        return pair_loss(model, batch, config.model.prediction, stage.shift, 0, generator).item()
 
     return fit(
         session,
@@ -192,15 +216,16 @@ def train_stage(
     )
 
 
-def pair_loss(model: nn.Module, batch: Batch, shift: float, drop_source: float, generator: torch.Generator) -> Tensor:
-    """The flow's loss on a batch of pairs, with noise, noise levels and dropped sources drawn from the generator."""
+def pair_loss(
+    model: nn.Module, batch: Batch, prediction: str, shift: float, drop_source: float, generator: torch.Generator
+) -> Tensor:
+    """The loss on a batch of pairs, with noise, noise levels and dropped sources drawn from the generator."""
     latents = batch.target_latent
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    sigma = flow.draw_sigmas(len(latents), shift, generator).to(latents.device)
+    noised = flow.OBJECTIVES[prediction].noised(latents, noise, shift, generator)
     drop = (torch.rand(len(latents), generator=generator) < drop_source).to(latents.device)
-    noisy = flow.path(latents, noise, sigma)
-    velocity = model(noisy, sigma * NUM_TIMESTEPS, **batch.condition, drop_source=drop)
-    return flow.loss(velocity, latents, noise).mean()
+    predicted = model(noised.latents, noised.timestep, **batch.condition, drop_source=drop)
+    return flow.loss(predicted, noised.target).mean()
 
 
 def fit(
@@ -289,7 +314,7 @@ def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransfo
     pipeline = SVDRRPipeline(
         vae=vae,
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=stage.shift),
+        scheduler=scheduler(transformer.config.prediction, stage.shift),
         size=stage.size,
         sdd_mm=float(np.median([shard.sdd_mm for shard in shards])),
         sod_mm=float(np.median([shard.sod_mm for shard in shards])),
