@@ -66,6 +66,7 @@ class TrainConfig:
     validation_pairs: int
     checkpoint_every: int
     keep_checkpoints: int
+    cache_latents: bool = True  # False encodes each batch when it is needed
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values."""

@@ -27,7 +27,7 @@ from svdrr.checkpoint import Checkpoint, latest, restore, save, state
 from svdrr.config import StageConfig, TrainConfig
 from svdrr.data import Batch, draw_pairs, gather, step_seed, training_shards
 from svdrr.errors import InputError
-from svdrr.latents import cache
+from svdrr.latents import Reader, cached, online
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
@@ -156,17 +156,22 @@ def train_stage(
 ) -> ViewTransformer:
     """Trains the transformer at one size, from the weights of `start`; returns their average."""
     config, device = session.config, session.accelerator.device
-    shards = session.train_shards + session.val_shards
 
     def encode(images: Tensor) -> Tensor:
-        return autoencoder.encode(vae, images.to(device))
+        with torch.autocast(device.type, enabled=False):  # as exact within a step as before it
+            return autoencoder.encode(vae, images.to(device))
 
     def check() -> None:
         session.stop.check(f"the latents of {stage.name}")
 
-    latents = cache(shards, stage.size, encode, autoencoder.digest(vae), session.run.latents, check)
-    train_data = (session.train_shards, latents[: len(session.train_shards)])
-    val_data = (session.val_shards, latents[len(session.train_shards) :])
+    def latents(shards: list[Shard]) -> Reader:
+        if not config.cache_latents:
+            return online(shards, stage.size, encode)
+        return cached(shards, stage.size, encode, vae_digest, session.run.latents, check)
+
+    vae_digest = autoencoder.digest(vae)
+    train_data = (session.train_shards, latents(session.train_shards))
+    val_data = (session.val_shards, latents(session.val_shards))
 
     def loss_at(model: nn.Module, step: int) -> Tensor:
         seed = step_seed(config.seed, stage.name, step)
