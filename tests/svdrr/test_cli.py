@@ -86,6 +86,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["train", "--shards", "shards"], "one patient only (P-00)"),
         (["train", "--preset", "huge"], "--preset is one of toy"),
         (["train", "--shards", "more shards", "--out", "a file/run"], "Not a directory"),
+        (["train", "--shards", "more shards", "--vae", "empty"], "--vae empty cannot be read"),
         (["sample", "--image", "x.png", "--theta", "nan"], "no angles"),
         (["sample", "--image", "x.png", "--theta", 30], "no model in runs/latest: train one with `svdrr train"),
     ]:
