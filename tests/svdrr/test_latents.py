@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdrr import latents
 from svdrr import vae as autoencoder
+from svdrr.errors import InputError
 from svdrr.latents import Reader, cached, latent_path, online
 from svdrr.shards import Shard, open_folder
 
@@ -147,6 +148,7 @@ def test_marks_that_come_later_are_seen(make_shards: Callable[..., Path], tmp_pa
     assert read(np.array([0]), np.array([0])).truncated.min() == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
 def test_opening_reads_no_latents_and_holds_few_files(
     opened: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,16 @@ def test_opening_reads_no_latents_and_holds_few_files(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB; one view is 16 MiB
     read(np.array([1, 2, 1, 2]), np.array([0, 0, 1, 1]))
     assert len(list(Path("/proc/self/fd").iterdir())) <= files + 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_and_leaves_nothing(opened: list[Shard], tmp_path: Path) -> None:
+    partial = latent_path(tmp_path, opened[0], 32, "vae").with_suffix(".partial")
+    partial.parent.mkdir(parents=True)
+    partial.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot write .*: make room and run the same command"):
+        cached(opened, 32, Encoder(), "vae", tmp_path)
+    assert not list(partial.parent.iterdir())
 
 
 def test_a_large_level_is_encoded_in_smaller_batches() -> None:

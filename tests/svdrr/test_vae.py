@@ -33,6 +33,14 @@ def test_latents_are_measured_to_mean_0_and_deviation_1(vae: AutoencoderKL, line
     assert latents.std().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_an_autoencoder_without_latents_is_refused(vae: AutoencoderKL, line_integrals: torch.Tensor) -> None:
+    for value in (0.0, float("nan")):
+        for parameter in vae.requires_grad_(False).parameters():
+            parameter.fill_(value)
+        with pytest.raises(InputError, match="a standard deviation of"):
+            autoencoder.measure_latents(vae, [line_integrals])
+
+
 def test_decode_undoes_the_normalisation_and_gives_no_negative_line_integral(vae: AutoencoderKL) -> None:
     latents = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from svdrr.errors import InputError
 from svdrr.shards import Shard
 
 MAX_BATCH, MAX_PIXELS = 32, 2**22
@@ -54,10 +55,11 @@ def cached(
     """Reads latents of these shards at this level from the folder, after encoding what is not there yet.
 
     encode: line integrals [B, 1, size, size] to latents [B, C, h, w]. check: called after each shard that was encoded;
-    where it raises, the next call goes on with the next shard.
+    where it raises, the next call goes on with the next shard. Raises InputError where the folder takes no more.
     """
     paths = [latent_path(folder, shard, size, vae_digest) for shard in shards]
-    for shard, path in zip(tqdm(shards, desc=f"latents {size}px", unit="shard"), paths, strict=True):
+    bar = tqdm(shards, desc=f"latents {size}px", unit="shard", disable=not shards)
+    for shard, path in zip(bar, paths, strict=True):
         if not _whole(path):
             _write(path, shard, size, encode)
             check()
@@ -93,26 +95,34 @@ def online(shards: Sequence[Shard], size: int, encode: Callable[[Tensor], Tensor
 
 def _write(path: Path, shard: Shard, size: int, encode: Callable[[Tensor], Tensor]) -> None:
     """One record per view, the latents as float16 and the marks in steps of 1/255, named when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            _write_records(file, shard, size, encode)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({error}): make room and run the same command") from error
+
+
+def _write_records(file: BinaryIO, shard: Shard, size: int, encode: Callable[[Tensor], Tensor]) -> None:
     step = _batch(size)
-    with partial.open("wb") as file:
-        for begin in range(0, len(shard), step):
-            views = range(begin, min(begin + step, len(shard)))
-            latents = _encoded(shard.images(size, views), encode).cpu().numpy()
-            record = np.dtype([("latents", "<f2", latents.shape[1:]), ("truncated", "u1", latents.shape[2:])])
-            rows = np.zeros(len(views), record)
-            rows["latents"] = latents
-            marks = shard.truncation(size, views)
-            if marks is not None:
-                rows["truncated"] = np.rint(255 * _fraction(marks, latents.shape[-1]))
-            if begin == 0:
-                header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (len(shard),)}
-                np.lib.format.write_array_header_1_0(file, header)
-            rows.tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    for begin in range(0, len(shard), step):
+        views = range(begin, min(begin + step, len(shard)))
+        latents = _encoded(shard.images(size, views), encode).cpu().numpy()
+        record = np.dtype([("latents", "<f2", latents.shape[1:]), ("truncated", "u1", latents.shape[2:])])
+        rows = np.zeros(len(views), record)
+        rows["latents"] = latents
+        marks = shard.truncation(size, views)
+        if marks is not None:
+            rows["truncated"] = np.rint(255 * _fraction(marks, latents.shape[-1]))
+        if begin == 0:
+            header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (len(shard),)}
+            np.lib.format.write_array_header_1_0(file, header)
+        rows.tofile(file)
 
 
 def _whole(path: Path) -> bool:

@@ -169,8 +169,8 @@ def keep_vae(session: Session, vae: AutoencoderKL) -> None:
                 for batch in batches(session.val_shards or session.train_shards)
             ]
         ).mean()
-    if not math.isfinite(psnr):
-        raise InputError("the autoencoder gives no finite numbers for these shards: give another --vae")
+    if math.isnan(psnr):
+        raise InputError("the autoencoder decodes these shards to what is no number: use another")
     session.run.log(stage=VAE_STAGE, round_trip_psnr=psnr)
     print(f"the autoencoder's round trip: {psnr:.1f} dB, the ceiling of all that follows", file=sys.stderr)
     with whole_folder(session.run.vae) as partial:

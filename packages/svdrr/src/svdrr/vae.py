@@ -4,6 +4,7 @@ Intensities follow one fixed global scale, never the image's own: a line integra
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -47,7 +48,7 @@ def load(name: str) -> AutoencoderKL:
         if kind != "AutoencoderKL":
             raise InputError(f"--vae {name} is of the kind {kind}: give an AutoencoderKL of diffusers")
         vae, found = AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise InputError(
             f"--vae {name} cannot be read ({reason}): give a folder with config.json and "
@@ -133,9 +134,15 @@ def changed(images: Tensor, quarter_turns: int, side: int) -> Tensor:
 
 
 def measure_latents(vae: AutoencoderKL, batches: Iterable[Tensor]) -> None:
-    """Sets shift and scaling so that the latents of these line integrals have mean 0 and standard deviation 1."""
+    """Sets shift and scaling so that the latents of these line integrals have mean 0 and standard deviation 1.
+
+    Raises InputError where they are no numbers, or all the same.
+    """
     latents = torch.cat([_mode(vae, batch) for batch in batches])
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    deviation = latents.std().item()
+    if not 0 < deviation < math.inf:
+        raise InputError(f"the autoencoder's latents have a standard deviation of {deviation:g}: use another")
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / deviation)
 
 
 def encode(vae: AutoencoderKL, line_integrals: Tensor) -> Tensor:
