@@ -43,6 +43,7 @@ def tiny() -> TrainConfig:
             steps=4,
             batch=2,
             learning_rate=1e-3,
+            equivariance_weight=0.5,
         ),
         model=ModelConfig(patch_size=2, num_layers=2, num_heads=2, head_dim=8),
         stages=(

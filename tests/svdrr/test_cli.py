@@ -90,6 +90,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["train", "--preset", "huge"], "--preset is one of toy, small, base, svdrr-xl"),
         (["train", "--preset", "svdrr-xl"], "needs a frozen CLIP encoder"),
         (["train", "--shards", "more shards", "--out", "a file/run"], "Not a directory"),
+        (["train", "--shards", "more shards", "--vae", "empty"], "--vae empty cannot be read"),
         (["sample", "--image", "x.png", "--theta", "nan"], "no angles"),
         (["sample", "--image", "x.png", "--theta", 30], "no model in runs/latest: train one with `svdrr train"),
     ]:

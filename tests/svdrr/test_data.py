@@ -9,6 +9,7 @@ import torch
 
 from svdrr.data import draw_pairs, gather, split, step_seed, training_shards
 from svdrr.errors import InputError
+from svdrr.latents import Latents
 from svdrr.shards import open_folder
 
 
@@ -75,11 +76,14 @@ def test_patients_are_seen_equally_often_and_pa_as_often_as_asked(shards: Path) 
 
 def test_a_batch_holds_the_latents_and_the_rays_of_its_pairs(shards: Path) -> None:
     opened = open_folder(shards)
-    latents = [np.full((len(shard), 2, 8, 8), index, np.float16) for index, shard in enumerate(opened)]
-    for index, array in enumerate(latents):
-        array += np.arange(len(array))[:, None, None, None] / 16 + index
+
+    def read(shard: np.ndarray, view: np.ndarray) -> Latents:
+        known = torch.tensor(2 * shard + view / 16).float()[:, None, None]
+        return Latents(known[:, None].expand(-1, 2, 8, 8), (known / 100).expand(-1, 8, 8))
+
     pairs = draw_pairs(opened, 5, 0.5, seed=3)
-    batch = gather(opened, latents, pairs, 32, True, torch.device("cpu"))
+    batch = gather(opened, read, pairs, 32, True, torch.device("cpu"))
+    assert torch.equal(batch.target_truncated, batch.target_latent[:, 0] / 100)
     assert torch.equal(batch.target_latent[:, 0, 0, 0], torch.tensor(2 * pairs.shard + pairs.target / 16).float())
     source = batch.condition["source_latent"]
     assert torch.equal(source[:, 0, 0, 0], torch.tensor(2 * pairs.shard + pairs.source / 16).float())

@@ -1,12 +1,19 @@
-"""The cache encodes once per shard, autoencoder and level, and never serves what belongs to another."""
+"""The cache encodes once per shard, autoencoder and level, never serves what is of another, and equals `online`."""
 
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
-from svdrr.latents import cache, latent_path
+from svdrr import latents
+from svdrr import vae as autoencoder
+from svdrr.errors import InputError
+from svdrr.latents import Reader, cached, latent_path, online
 from svdrr.shards import Shard, open_folder
 
 
@@ -26,14 +33,39 @@ class Encoder:
         return images[..., ::4, ::4]
 
 
+def some(read: Reader) -> latents.Latents:
+    """Five views of two shards, one of them twice."""
+    return read(np.array([1, 0, 1, 1, 1]), np.array([6, 0, 2, 3, 6]))
+
+
 def test_encodes_once_per_autoencoder_and_level(opened: list[Shard], tmp_path: Path) -> None:
     encoder, views = Encoder(), sum(map(len, opened))
-    latents = cache(opened, 32, encoder, "vae 1", tmp_path)
-    assert latents[1].shape == (len(opened[1]), 1, 8, 8)
-    assert np.array_equal(latents[1][:, 0], opened[1].images(32)[:, ::4, ::4].astype(np.float16))
+    values = some(cached(opened, 32, encoder, "vae 1", tmp_path)).values
+    assert values.shape == (5, 1, 8, 8)
+    assert np.array_equal(values[2, 0], opened[1].images(32, [2])[0, ::4, ::4].astype(np.float16))
+    assert torch.equal(values[0], values[4])
     for vae, size, expected in (("vae 1", 32, views), ("vae 2", 32, 2 * views), ("vae 2", 16, 3 * views)):
-        cache(opened, size, encoder, vae, tmp_path)
+        cached(opened, size, encoder, vae, tmp_path)
         assert encoder.seen == expected
+
+
+def test_another_content_of_a_shard_is_encoded_again(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+    encoder, folder = Encoder(), make_shards(patients=2)
+    cached(open_folder(folder), 32, encoder, "vae", tmp_path)
+    (folder / "P-00.h5").unlink()
+    (folder / "P-01.h5").rename(folder / "P-00.h5")
+    before = encoder.seen
+    renamed = open_folder(folder)
+    read = cached(renamed, 32, encoder, "vae", tmp_path)
+    assert encoder.seen == before, "a shard's name is not its content"
+    expected = renamed[0].images(32, [3])[0, ::4, ::4]
+    assert np.array_equal(read(np.array([0]), np.array([3])).values[0, 0], expected.astype(np.float16))
+
+    with h5py.File(folder / "P-00.h5", "r+") as file:
+        file["images/32"].attrs["scale"] = 1 / 2048
+    read = cached(open_folder(folder), 32, encoder, "vae", tmp_path)
+    assert encoder.seen == before + len(renamed[0])
+    assert np.array_equal(read(np.array([0]), np.array([3])).values[0, 0], (2 * expected).astype(np.float16))
 
 
 def test_goes_on_after_the_last_finished_shard(opened: list[Shard], tmp_path: Path) -> None:
@@ -42,8 +74,111 @@ def test_goes_on_after_the_last_finished_shard(opened: list[Shard], tmp_path: Pa
 
     encoder = Encoder()
     with pytest.raises(KeyboardInterrupt):
-        cache(opened, 32, encoder, "vae", tmp_path, stop_after_the_first)
+        cached(opened, 32, encoder, "vae", tmp_path, stop_after_the_first)
     latent_path(tmp_path, opened[1], 32, "vae").with_suffix(".partial").write_bytes(b"half a file, from a kill")
-    cache(opened, 32, encoder, "vae", tmp_path)
+    cached(opened, 32, encoder, "vae", tmp_path)
     assert encoder.seen == sum(map(len, opened))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_is_not_whole_does_not_count(opened: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended in the middle of the first shard, at any of its batches; later cut by a disk."""
+    monkeypatch.setattr(latents, "MAX_BATCH", 2)
+    for batches in range(4):
+        encoder = Encoder()
+
+        def end(images: Tensor, encoder: Encoder = encoder, after: int = 2 * batches) -> Tensor:
+            if encoder.seen == after:
+                raise KeyboardInterrupt
+            return encoder(images)
+
+        with pytest.raises(KeyboardInterrupt):
+            cached(opened[:1], 32, end, "vae", tmp_path)
+        assert not list(tmp_path.rglob("*.npy"))
+
+    encoder = Encoder()
+    before = some(cached(opened, 32, encoder, "vae", tmp_path))
+    path = latent_path(tmp_path, opened[0], 32, "vae")
+    for length in (0, 5, 100, path.stat().st_size - 1):
+        path.write_bytes(path.read_bytes()[:length])
+        after = some(cached(opened, 32, encoder, "vae", tmp_path))
+        assert torch.equal(before.values, after.values)
+    assert encoder.seen == sum(map(len, opened)) + 4 * len(opened[0])
+
+
+def test_equals_online_within_16_bits(opened: list[Shard], tmp_path: Path) -> None:
+    """A real autoencoder. Half a unit of float16 is 2^-11 of the value; 1e-5 is for batches of another shape."""
+    torch.manual_seed(0)
+    vae = autoencoder.build(latent_channels=2, block_channels=(4, 8), layers_per_block=1)
+
+    def encode(images: Tensor) -> Tensor:
+        return autoencoder.encode(vae, images)
+
+    kept = some(cached(opened, 32, encode, autoencoder.digest(vae), tmp_path)).values
+    fresh = some(online(opened, 32, encode)).values
+    assert kept.dtype == fresh.dtype == torch.float32
+    assert torch.allclose(kept, fresh, rtol=2**-11, atol=1e-5)
+    assert not torch.equal(kept[0], kept[2])
+
+
+def test_truncation_goes_along_as_the_share_of_each_cell(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+    """View v of one shard has v marked rows at the bottom; the other shard has no marks at all."""
+    folder = make_shards(patients=2)
+    views, size = len(open_folder(folder)[0]), 16
+    marks = np.zeros((views, size, size), np.uint8)
+    for view in range(views):
+        marks[view, size - view :] = 1
+    with h5py.File(folder / "P-01.h5", "r+") as file:
+        file.create_dataset(f"truncation/{size}", data=marks, chunks=(1, size, size), compression="gzip")
+    opened = open_folder(folder)
+    expected = torch.zeros(5, 4, 4)
+    for row, view in ((0, 6), (2, 2), (3, 3), (4, 6)):
+        expected[row, 3], expected[row, 2] = min(view, 4) / 4, max(view - 4, 0) / 4
+    assert torch.equal(some(online(opened, size, Encoder())).truncated, expected)
+    kept = some(cached(opened, size, Encoder(), "vae", tmp_path)).truncated
+    assert torch.allclose(kept, expected, atol=0.5 / 255)  # kept in steps of 1/255
+
+
+def test_marks_that_come_later_are_seen(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_shards(patients=1)
+    cached(open_folder(folder), 16, Encoder(), "vae", tmp_path)
+    with h5py.File(folder / "P-00.h5", "r+") as file:
+        file["truncation/16"] = np.ones((7, 16, 16), np.uint8)
+    read = cached(open_folder(folder), 16, Encoder(), "vae", tmp_path)
+    assert read(np.array([0]), np.array([0])).truncated.min() == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
+def test_opening_reads_no_latents_and_holds_few_files(
+    opened: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard of 16 GiB of zeros, almost none of it on the disk; fewer files stay open than there are shards."""
+    cached(opened, 32, Encoder(), "vae", tmp_path)
+    path = latent_path(tmp_path, opened[0], 32, "vae")
+    record = np.dtype([("latents", "<f2", (4, 1024, 1024)), ("truncated", "u1", (1024, 1024))])
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (2000,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 2000 * record.itemsize)
+    monkeypatch.setattr(latents, "MAX_OPEN", 1)
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read = cached(opened, 32, Encoder(), "vae", tmp_path)
+    assert read(np.array([0]), np.array([1999])).values.shape == (1, 4, 1024, 1024)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB; one view is 16 MiB
+    read(np.array([1, 2, 1, 2]), np.array([0, 0, 1, 1]))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files + 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_and_leaves_nothing(opened: list[Shard], tmp_path: Path) -> None:
+    partial = latent_path(tmp_path, opened[0], 32, "vae").with_suffix(".partial")
+    partial.parent.mkdir(parents=True)
+    partial.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot write .*: make room and run the same command"):
+        cached(opened, 32, Encoder(), "vae", tmp_path)
+    assert not list(partial.parent.iterdir())
+
+
+def test_a_large_level_is_encoded_in_smaller_batches() -> None:
+    assert [latents._batch(size) for size in (64, 256, 512, 1024, 4096)] == [32, 32, 16, 4, 1]

@@ -123,3 +123,18 @@ def test_refuses_no_folder_and_an_empty_one(tmp_path: Path) -> None:
         open_folder(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"no shard .* write some with `drrgen render"):
         open_folder(tmp_path)
+
+
+def test_truncation_is_read_where_there_is_any(a_shard: Path) -> None:
+    """Marks belong to the digest by being there: the schema has no checksum of them."""
+    before = open_shard(a_shard)
+    assert before.truncation(32, [0, 1]) is None
+    marks = np.random.default_rng(0).integers(0, 2, (2, 32, 32)).astype(np.uint8)
+    with h5py.File(a_shard, "r+") as file:
+        file.create_dataset("truncation/32", data=marks, chunks=(1, 32, 32), compression="gzip")
+        file["truncation/16"] = marks[:, :16]
+    shard = open_shard(a_shard)
+    assert np.array_equal(shard.truncation(32, [1, 0, 1]), marks[[1, 0, 1]])
+    assert shard.digest != before.digest
+    with pytest.raises(InputError, match=r"truncation/16 is uint8 \(2, 16, 32\): render it again"):
+        shard.truncation(16, [0])

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 from torch import nn
 
+from svdrr import vae as autoencoder
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
 from svdrr.pipeline import SVDRRPipeline
@@ -171,6 +172,75 @@ def test_a_level_that_the_shards_lack_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match="has images of 32 pixels, not 16"):
         train(tiny, make_shards(levels=(32,)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """An autoencoder of three colours that somebody else trained, as far as the run knows."""
+    torch.manual_seed(5)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        latent_channels=2,
+        norm_num_groups=2,
+    )
+    vae.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def test_a_given_autoencoder_is_used_as_it_is_with_its_scale_measured(
+    tiny: TrainConfig, shards: Path, given: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = train(tiny, shards, tmp_path / "run", max_minutes=0, vae=str(given))
+    assert not (run / "model").exists()
+    train(tiny, shards, run, vae=str(given))
+    assert capsys.readouterr().err.count("round trip") == 1
+    lines = log(run)
+    assert not [line for line in lines if line["stage"] == "vae" and "loss" in line]
+    assert [math.isfinite(line["round_trip_psnr"]) for line in lines if line["stage"] == "vae"] == [True]
+    digest = json.loads((run / "config.json").read_text())["config"]["pretrained_vae"]
+    assert digest == autoencoder.digest(AutoencoderKL.from_pretrained(given))
+    weights = [load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (given, run / "model/vae")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    config = json.loads((run / "model/vae/config.json").read_text())
+    assert config["scaling_factor"] != 0.18215  # what diffusers says of every other
+
+    with pytest.raises(InputError, match=rf"its pretrained_vae is {digest}, not None\): give another --out"):
+        train(tiny, shards, run)
+    other = AutoencoderKL.from_pretrained(given)
+    with torch.no_grad():
+        other.quant_conv.bias += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=rf"its pretrained_vae is {digest}, not .*: give another --out"):
+        train(tiny, shards, run, vae=str(tmp_path / "other"))
+
+
+def test_an_autoencoder_that_does_not_fit_is_refused_before_anything_is_written(
+    tiny: TrainConfig, shards: Path, given: Path, tmp_path: Path
+) -> None:
+    for config, words in [
+        (
+            replace(tiny, vae=replace(tiny.vae, latent_channels=4)),
+            "latents of 2 channels, and the preset tiny is for 4",
+        ),
+        (replace(tiny, model=replace(tiny.model, patch_size=16)), "patches of 32 pixels .* its stage of 16 pixels"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            train(config, shards, tmp_path / "run", vae=str(given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_latents_can_be_made_while_training(
+    tiny: TrainConfig, shards: Path, unbroken: Callable[[TrainConfig], Path], tmp_path: Path
+) -> None:
+    """No cache is written, and the losses are those of the cache, but for its 16 bits: 2^-11 of a latent of 1."""
+    run = train(replace(tiny, cache_latents=False), shards, tmp_path / "run")
+    assert not (run / "latents").exists()
+    losses = [[line["loss"] for line in log(folder) if "loss" in line] for folder in (run, unbroken(tiny))]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_a_loss_that_is_no_number_stops_with_stage_and_step(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:

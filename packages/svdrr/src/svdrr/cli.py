@@ -22,6 +22,9 @@ def train_command(
     shards: Annotated[Path, typer.Option(help="Folder of shards, as `drrgen render` writes it.")] = Path("shards"),
     preset: Annotated[str, typer.Option(help="The recipe: toy, small, base, svdrr-xl.")] = "toy",
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/<date>-<preset> by default.")] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="A trained autoencoder's folder or Hub id, instead of training one.")
+    ] = None,
     max_minutes: Annotated[float | None, typer.Option(min=0, help="Save and stop after this time.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     init: Annotated[str | None, typer.Option(help="PixArt's weights to begin from: a folder or a hub id.")] = None,
@@ -39,7 +42,7 @@ def train_command(
         return
     from svdrr.train import train
 
-    train(config, shards, out, max_minutes)
+    train(config, shards, out, max_minutes, vae)
 
 
 @app.command("sample")

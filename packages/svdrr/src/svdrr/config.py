@@ -8,7 +8,10 @@ from svdrr.errors import InputError
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder and its training. block_channels: each block but the last halves the side. crop: in pixels."""
+    """The autoencoder and its training. block_channels: each block but the last halves the side. crop: in pixels.
+
+    gradient_weight: of the error of finite differences. equivariance_weight: see vae.equivariance. 0 is off.
+    """
 
     latent_channels: int
     block_channels: tuple[int, ...]
@@ -18,6 +21,8 @@ class VAEConfig:
     steps: int
     batch: int
     learning_rate: float
+    gradient_weight: float = 1.0
+    equivariance_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class TrainConfig:
     checkpoint_every: int
     keep_checkpoints: int
     init: str | None = None  # PixArt's weights, which the transformer begins from: a folder or a hub id
+    cache_latents: bool = True  # False encodes each batch when it is needed
+    pretrained_vae: str | None = None  # the digest of `--vae`; None where the run trains its own
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svdrr.errors import InputError
+from svdrr.latents import Latents
 from svdrr.pose import Views
 from svdrr.shards import Shard
 from svdrr.transformer import condition
@@ -103,28 +104,28 @@ def draw_pairs(shards: Sequence[Shard], count: int, pa_fraction: float, seed: in
 
 
 class Batch(NamedTuple):
-    """What the transformer learns from: target latents [B, C, h, w], and its condition on source and poses."""
+    """What the transformer learns from: target latents [B, C, h, w], and its condition on source and poses.
+
+    target_truncated: [B, h, w], 0 to 1, how much of each cell of the target is marked as truncated.
+    """
 
     target_latent: Tensor
     condition: dict[str, Tensor]
+    target_truncated: Tensor
 
 
 def gather(
     shards: Sequence[Shard],
-    latents: Sequence[NDArray],
+    read: Callable[[NDArray[np.int64], NDArray[np.int64]], Latents],
     pairs: Pairs,
     size: int,
     absolute_pose: bool,
     device: torch.device,
 ) -> Batch:
-    """The pairs' latents and geometry; latents: [V, C, h, w] of each shard, of its images of `size` pixels.
+    """The pairs' latents and geometry. read: latents of views of shards, by both indices (see svdrr.latents).
 
-    absolute_pose: as in transformer.condition.
+    size: of the images that were encoded, in pixels. absolute_pose: as in transformer.condition.
     """
-
-    def pick(view: NDArray[np.int64]) -> Tensor:
-        rows = [latents[s][v] for s, v in zip(pairs.shard, view, strict=True)]
-        return torch.from_numpy(np.stack(rows).astype(np.float32)).to(device)
 
     def views(view: NDArray[np.int64]) -> Views:
         rows = []
@@ -132,5 +133,10 @@ def gather(
             rows.append((shard.azimuth_deg[v], shard.elevation_deg[v], shard.sdd_mm, shard.sod_mm, shard.detector_mm))
         return Views(*torch.tensor(rows, dtype=torch.float32, device=device).unbind(dim=1))
 
-    told = condition(pick(pairs.source), views(pairs.source), views(pairs.target), size, absolute_pose)
-    return Batch(pick(pairs.target), told)
+    both = read(np.tile(pairs.shard, 2), np.concatenate([pairs.target, pairs.source]))
+    target, source = both.values.to(device).chunk(2)
+    return Batch(
+        target,
+        condition(source, views(pairs.source), views(pairs.target), size, absolute_pose),
+        both.truncated[: len(target)].to(device),
+    )

@@ -1,8 +1,14 @@
-"""Every view as latents, encoded once per shard, VAE and level, and memory-mapped from then on."""
+"""Every view as latents: encoded once per shard, VAE and level, then memory-mapped; or encoded whenever it is wanted.
 
+Both ways give a function that takes N views by the indices of shard and view. What it returns differs by no more than
+the cache's 16 bits, and by the rounding of a batch of another shape.
+"""
+
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +16,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from svdrr.errors import InputError
 from svdrr.shards import Shard
 
-BATCH = 32
-"""Views encoded at once: enough to keep a processor busy, few enough for its memory."""
+MAX_BATCH, MAX_PIXELS = 32, 2**22
+"""Views and pixels encoded at once: enough to keep a processor busy, few enough for its memory."""
+
+MAX_OPEN = 256
+"""Files that are mapped at once. Each takes one of the process's file handles, of which 1024 are usual."""
+
+
+class Latents(NamedTuple):
+    """Of N views: latents [N, C, h, w] and truncated [N, h, w], 0 to 1, how much of each cell's pixels are marked.
+
+    Where a shard has no marks, truncated is 0.
+    """
+
+    values: Tensor
+    truncated: Tensor
+
+
+Reader = Callable[[NDArray[np.int64], NDArray[np.int64]], Latents]
 
 
 def latent_path(folder: Path, shard: Shard, size: int, vae_digest: str) -> Path:
@@ -21,37 +44,107 @@ def latent_path(folder: Path, shard: Shard, size: int, vae_digest: str) -> Path:
     return folder / vae_digest[:16] / str(size) / f"{shard.digest[:32]}.npy"
 
 
-def cache(
+def cached(
     shards: Sequence[Shard],
     size: int,
     encode: Callable[[Tensor], Tensor],
     vae_digest: str,
     folder: Path,
     check: Callable[[], None] = lambda: None,
-) -> list[NDArray[np.float16]]:
-    """The latents [V, C, h, w] of each shard at this level, encoding those that are not in the folder yet.
+) -> Reader:
+    """Reads latents of these shards at this level from the folder, after encoding what is not there yet.
 
     encode: line integrals [B, 1, size, size] to latents [B, C, h, w]. check: called after each shard that was encoded;
-    where it raises, the next call goes on with the next shard.
+    where it raises, the next call goes on with the next shard. Raises InputError where the folder takes no more.
     """
-    arrays = []
-    for shard in tqdm(shards, desc=f"latents {size}px", unit="shard"):
-        path = latent_path(folder, shard, size, vae_digest)
-        if not path.exists():
-            images = torch.from_numpy(shard.images(size))[:, None]
-            with torch.no_grad():
-                latents = torch.cat([encode(batch) for batch in images.split(BATCH)])
-            _write(path, latents.cpu().numpy().astype(np.float16))
+    paths = [latent_path(folder, shard, size, vae_digest) for shard in shards]
+    bar = tqdm(shards, desc=f"latents {size}px", unit="shard", disable=not shards)
+    for shard, path in zip(bar, paths, strict=True):
+        if not _whole(path):
+            _write(path, shard, size, encode)
             check()
-        arrays.append(np.load(path, mmap_mode="r"))
-    return arrays
+
+    # What is mapped is read from the disk when a view of it is asked for, and forgotten when memory is short.
+    mapped = functools.lru_cache(MAX_OPEN)(functools.partial(np.load, mmap_mode="r"))
+
+    def read(shard: NDArray[np.int64], view: NDArray[np.int64]) -> Latents:
+        rows = [mapped(paths[s])[v] for s, v in zip(shard, view, strict=True)]
+        values = np.stack([row["latents"] for row in rows]).astype(np.float32)
+        marks = np.stack([row["truncated"] for row in rows]).astype(np.float32) / 255
+        return Latents(torch.from_numpy(values), torch.from_numpy(marks))
+
+    return read
 
 
-def _write(path: Path, array: NDArray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def online(shards: Sequence[Shard], size: int, encode: Callable[[Tensor], Tensor]) -> Reader:
+    """Encodes the views whenever they are asked for. encode: as in `cached`."""
+
+    def read(shard: NDArray[np.int64], view: NDArray[np.int64]) -> Latents:
+        images, marks = np.zeros((2, len(shard), size, size), np.float32)
+        for index in np.unique(shard):
+            rows = shard == index
+            images[rows] = shards[index].images(size, view[rows])
+            found = shards[index].truncation(size, view[rows])
+            if found is not None:
+                marks[rows] = found
+        values = _encoded(images, encode)
+        return Latents(values, torch.from_numpy(_fraction(marks, values.shape[-1]).astype(np.float32)))
+
+    return read
+
+
+def _write(path: Path, shard: Shard, size: int, encode: Callable[[Tensor], Tensor]) -> None:
+    """One record per view, the latents as float16 and the marks in steps of 1/255, named when it is whole."""
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            _write_records(file, shard, size, encode)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({error}): make room and run the same command") from error
+
+
+def _write_records(file: BinaryIO, shard: Shard, size: int, encode: Callable[[Tensor], Tensor]) -> None:
+    step = _batch(size)
+    for begin in range(0, len(shard), step):
+        views = range(begin, min(begin + step, len(shard)))
+        latents = _encoded(shard.images(size, views), encode).cpu().numpy()
+        record = np.dtype([("latents", "<f2", latents.shape[1:]), ("truncated", "u1", latents.shape[2:])])
+        rows = np.zeros(len(views), record)
+        rows["latents"] = latents
+        marks = shard.truncation(size, views)
+        if marks is not None:
+            rows["truncated"] = np.rint(255 * _fraction(marks, latents.shape[-1]))
+        if begin == 0:
+            header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (len(shard),)}
+            np.lib.format.write_array_header_1_0(file, header)
+        rows.tofile(file)
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is there, with all its bytes; a disk that was repaired may have cut it."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
+
+
+def _encoded(images: NDArray[np.float32], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    batches = torch.from_numpy(images)[:, None].split(_batch(images.shape[-1]))
+    with torch.no_grad():
+        return torch.cat([encode(batch) for batch in batches]).float()
+
+
+def _batch(size: int) -> int:
+    return max(1, min(MAX_BATCH, MAX_PIXELS // size**2))
+
+
+def _fraction(marks: NDArray, side: int) -> NDArray[np.float64]:
+    """Marks [N, size, size] to the share of pixels marked in each cell [N, side, side]."""
+    cell = marks.shape[-1] // side
+    return marks.reshape(-1, side, cell, side, cell).mean(axis=(2, 4), dtype=np.float64)

@@ -24,7 +24,8 @@ class Shard:
     """All views of one patient volume. Holds no file handle: `images` opens the file, reads and closes it.
 
     azimuth_deg, elevation_deg: [V]. levels: sides of the stored images in pixels, largest first. digest: SHA-256 of
-    what the file shows (images by their checksums, angles, distances, patient), not of how it is stored.
+    what the file shows (images by their checksums, whether it has marks of truncation, which have no checksum, angles,
+    distances, patient), not of how it is stored.
     """
 
     path: Path
@@ -74,6 +75,24 @@ class Shard:
             if zlib.crc32(image.astype("<u2").tobytes()) != crc32[view]:
                 raise InputError(f"{self.path}: image {view} of level {size} fails its checksum: {_CURE}")
         return counts.astype(np.float32) * np.float32(scale) + np.float32(offset)
+
+    def truncation(self, size: int, views: Sequence[int]) -> NDArray[np.uint8] | None:
+        """Marks [views, size, size], 1 where the line integral lacks what lies beyond the scan; None: no marks.
+
+        Raises InputError where they cannot be read.
+        """
+        name = f"truncation/{size}"
+        try:
+            with h5py.File(self.path) as file:
+                if name not in file:
+                    return None
+                stored = file[name]
+                if stored.dtype != np.uint8 or stored.shape != (len(self), size, size):
+                    raise InputError(f"{self.path}: {name} is {stored.dtype} {stored.shape}: {_CURE}")
+                _require_filter(self.path, stored)
+                return np.stack([stored[view] for view in views])
+        except (OSError, KeyError) as error:
+            raise InputError(f"{self.path} cannot be read ({error}): {_CURE}") from error
 
 
 _CURE = "render it again, or move it out of the folder"
@@ -134,6 +153,8 @@ def _checked(path: Path, file: h5py.File) -> Shard:
         _require_filter(path, images)
         digest.update(repr((float(_attribute(images, "scale")), float(_attribute(images, "offset")))).encode())
         digest.update(_dataset(path, file, f"checks/{size}/crc32", np.uint32, (count,))[:].astype("<u4").tobytes())
+        if f"truncation/{size}" in file:
+            digest.update(b"truncation")
     return Shard(
         path=path,
         patient_id=patient_id,

@@ -9,8 +9,8 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from svdrr.checkpoint import Checkpoint, latest, restore, save, state
 from svdrr.config import StageConfig, TrainConfig
 from svdrr.data import Batch, draw_pairs, gather, step_seed, training_shards
 from svdrr.errors import InputError
-from svdrr.latents import cache
+from svdrr.latents import Reader, cached, online
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline, scheduler
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
@@ -36,7 +36,7 @@ from svdrr.transformer import ViewTransformer
 
 VAE_STAGE = "vae"
 MEASURED_IMAGES = 128
-"""Training views that the scale of the latents, and the autoencoder's own error, are measured on."""
+"""Views that the scale of the latents (training) and the autoencoder's own error (validation) are measured on."""
 
 BETAS = (0.9, 0.95)
 """Of AdamW. A short memory of the gradients' size, as is usual for transformers; it pays most in short runs."""
@@ -44,10 +44,17 @@ BETAS = (0.9, 0.95)
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max_minutes: float | None = None) -> Path:
+def train(
+    config: TrainConfig,
+    shards_folder: Path,
+    out: Path | None = None,
+    max_minutes: float | None = None,
+    vae: str | None = None,
+) -> Path:
     """Trains to the end, or until the time is over; returns the run's folder.
 
-    Raises InputError for shards that cannot be trained on or an `out` that holds another run, and SystemExit(128 +
+    vae: a trained autoencoder's folder or id on the Hub, to use instead of training one. Raises InputError for shards
+    that cannot be trained on, a `vae` that does not fit or an `out` that holds another run, and SystemExit(128 +
     signal) after a clean stop by SIGINT or SIGTERM.
     """
     if config.model.image_embedding:
@@ -60,6 +67,10 @@ def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max
     for shard in train_shards + val_shards:
         for stage in config.stages:
             shard.check_level(stage.size)
+    given = None
+    if vae is not None:
+        given = fitting_vae(vae, config)
+        config = replace(config, pretrained_vae=autoencoder.digest(given))
     run = open_run(config, data_digest(train_shards, val_shards), out)
     if run.finished:
         print(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.", file=sys.stderr)
@@ -79,16 +90,16 @@ def train(config: TrainConfig, shards_folder: Path, out: Path | None = None, max
             checkpoint = latest(run.checkpoints)
             transformer = untrained(config)  # first, for what is wrong with its `init` costs no autoencoder's training
             if not run.vae.is_dir():
-                train_vae(session, checkpoint)
-            vae = AutoencoderKL.from_pretrained(run.vae).to(accelerator.device).requires_grad_(False)
+                keep_vae(session, train_vae(session, checkpoint) if given is None else given)
+            used = AutoencoderKL.from_pretrained(run.vae).to(accelerator.device).requires_grad_(False)
 
             names = [stage.name for stage in config.stages]
             begin = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
             if not config.model.scaled_source:
-                unscale_source(transformer, vae)
+                unscale_source(transformer, used)
             for stage in config.stages[begin:]:
-                transformer = train_stage(session, stage, vae, transformer, checkpoint)
-            save_pipeline(session, vae, transformer)
+                transformer = train_stage(session, stage, used, transformer, checkpoint)
+            save_pipeline(session, used, transformer)
             print(f"{run.folder} is finished: its model is {run.model}", file=sys.stderr)
         except StoppedError as stopped:
             print(f"{stop.reason}, saved at {stopped}: the same command goes on from there", file=sys.stderr)
@@ -109,37 +120,75 @@ class Session:
     val_shards: list[Shard]
 
 
-def train_vae(session: Session, checkpoint: Checkpoint | None) -> None:
-    """Trains the autoencoder on crops of views of every stage's size, and leaves it in the run's folder `vae`."""
-    settings, shards = session.config.vae, session.train_shards
-    device = session.accelerator.device
-    sizes = [stage.size for stage in session.config.stages]
+def fitting_vae(name: str, config: TrainConfig) -> AutoencoderKL:
+    """The trained autoencoder of this name. Raises InputError where it does not fit model and stages, or is none."""
+    vae = autoencoder.load(name)
+    theirs, ours = vae.config.latent_channels, config.vae.latent_channels
+    if theirs != ours:
+        raise InputError(
+            f"--vae {name} has latents of {theirs} channels, and the preset {config.preset} is for {ours}: "
+            "give another --vae or --preset"
+        )
+    patch = autoencoder.cell(vae) * config.model.patch_size
+    for stage in config.stages:
+        if stage.size % patch:
+            raise InputError(
+                f"--vae {name} makes patches of {patch} pixels in the preset {config.preset}, and its stage of "
+                f"{stage.size} pixels is no multiple of it: give another --vae or --preset"
+            )
+    return vae
 
-    def images(size: int, count: int, seed: int) -> Tensor:
-        pairs = draw_pairs(shards, count, pa_fraction=0, seed=seed)
-        views = [shards[s].images(size, [v]) for s, v in zip(pairs.shard, pairs.target, strict=True)]
-        return torch.from_numpy(np.stack(views)).to(device)
+
+def train_vae(session: Session, checkpoint: Checkpoint | None) -> AutoencoderKL:
+    """Trains the autoencoder on crops of views of every stage's size."""
+    settings, device = session.config.vae, session.accelerator.device
+    sizes = [stage.size for stage in session.config.stages]
 
     def loss_at(model: nn.Module, step: int) -> Tensor:
         seed = step_seed(session.config.seed, VAE_STAGE, step)
         generator = torch.Generator().manual_seed(seed)
         size = sizes[step % len(sizes)]
         row, column = torch.randint(max(1, size - settings.crop + 1), (2,), generator=generator).tolist()
-        batch = images(size, settings.batch, seed)[..., row : row + settings.crop, column : column + settings.crop]
-        return autoencoder.loss(model, batch, settings.kl_weight, generator).mean()
+        views = any_images(session.train_shards, size, settings.batch, seed).to(device)
+        batch = views[..., row : row + settings.crop, column : column + settings.crop]
+        weights = settings.kl_weight, settings.gradient_weight, settings.equivariance_weight
+        return autoencoder.loss(model, batch, *weights, generator).mean()
 
     torch.manual_seed(step_seed(session.config.seed, VAE_STAGE, -1))
     vae = autoencoder.build(settings.latent_channels, settings.block_channels, settings.layers_per_block)
-    vae = fit(session, VAE_STAGE, settings.steps, settings.learning_rate, vae, checkpoint, loss_at, validate=None)
+    return fit(session, VAE_STAGE, settings.steps, settings.learning_rate, vae, checkpoint, loss_at, validate=None)
 
-    batches = images(sizes[-1], MEASURED_IMAGES, step_seed(session.config.seed, "measure", 0)).split(settings.batch)
+
+def keep_vae(session: Session, vae: AutoencoderKL) -> None:
+    """Measures the scale of the latents and the error of the round trip, and leaves `vae` in the run's folder."""
+    vae = vae.to(session.accelerator.device).requires_grad_(False)
+    size, seed = session.config.stages[-1].size, step_seed(session.config.seed, "measure", 0)
+
+    def batches(shards: Sequence[Shard]) -> Iterator[Tensor]:
+        images = any_images(shards, size, MEASURED_IMAGES, seed)
+        yield from (batch.to(session.accelerator.device) for batch in images.split(session.config.vae.batch))
+
     with torch.no_grad():
-        autoencoder.measure_latents(vae, batches)
-        decoded = [autoencoder.decode(vae, autoencoder.encode(vae, batch)) for batch in batches]
-    psnr = metrics.psnr(torch.cat(decoded).cpu(), torch.cat(batches).cpu()).mean()
+        autoencoder.measure_latents(vae, batches(session.train_shards))
+        psnr = np.concatenate(
+            [
+                metrics.psnr(autoencoder.decode(vae, autoencoder.encode(vae, batch)).cpu(), batch.cpu())
+                for batch in batches(session.val_shards or session.train_shards)
+            ]
+        ).mean()
+    if math.isnan(psnr):
+        raise InputError("the autoencoder decodes these shards to what is no number: use another")
     session.run.log(stage=VAE_STAGE, round_trip_psnr=psnr)
+    print(f"the autoencoder's round trip: {psnr:.1f} dB, the ceiling of all that follows", file=sys.stderr)
     with whole_folder(session.run.vae) as partial:
         vae.save_pretrained(partial)
+
+
+def any_images(shards: Sequence[Shard], size: int, count: int, seed: int) -> Tensor:
+    """Line integrals [count, 1, size, size] of views drawn from all, patients equally often."""
+    pairs = draw_pairs(shards, count, pa_fraction=0, seed=seed)
+    views = [shards[s].images(size, [v]) for s, v in zip(pairs.shard, pairs.target, strict=True)]
+    return torch.from_numpy(np.stack(views))
 
 
 def untrained(config: TrainConfig) -> ViewTransformer:
@@ -178,17 +227,22 @@ def train_stage(
 ) -> ViewTransformer:
     """Trains the transformer at one size, from the weights of `start`; returns their average."""
     config, device = session.config, session.accelerator.device
-    shards = session.train_shards + session.val_shards
 
     def encode(images: Tensor) -> Tensor:
-        return autoencoder.encode(vae, images.to(device))
+        with torch.autocast(device.type, enabled=False):  # as exact within a step as before it
+            return autoencoder.encode(vae, images.to(device))
 
     def check() -> None:
         session.stop.check(f"the latents of {stage.name}")
 
-    latents = cache(shards, stage.size, encode, autoencoder.digest(vae), session.run.latents, check)
-    train_data = (session.train_shards, latents[: len(session.train_shards)])
-    val_data = (session.val_shards, latents[len(session.train_shards) :])
+    def latents(shards: list[Shard]) -> Reader:
+        if not config.cache_latents:
+            return online(shards, stage.size, encode)
+        return cached(shards, stage.size, encode, vae_digest, session.run.latents, check)
+
+    vae_digest = autoencoder.digest(vae)
+    train_data = (session.train_shards, latents(session.train_shards))
+    val_data = (session.val_shards, latents(session.val_shards))
 
     def loss_at(model: nn.Module, step: int) -> Tensor:
         seed = step_seed(config.seed, stage.name, step)
