@@ -60,7 +60,8 @@ def main() -> None:
             def step(reader: Reader, seed: int, stage=stage, model=model) -> None:
                 pairs = draw_pairs(shards, stage.batch, config.pa_fraction, seed)
                 batch = gather(shards, reader, pairs, stage.size, True, CPU)
-                pair_loss(model, batch, stage.shift, config.drop_source, torch.Generator().manual_seed(seed)).backward()
+                generator = torch.Generator().manual_seed(seed)
+                pair_loss(model, batch, config.model.prediction, stage.shift, config.drop_source, generator).backward()
 
             for work in (read, step):
                 rates = [options.batches * stage.batch / seconds for seconds in measure(work, readers, options.batches)]

@@ -110,7 +110,8 @@ def test_a_switch_changes_the_parameters_that_it_names(tiny: TrainConfig, name: 
 
 def test_trains_a_step_in_which_every_parameter_has_its_part(tiny: TrainConfig, variant: ModelConfig) -> None:
     transformer = awake(tiny, variant)
-    batch = Batch(torch.randn(3, CHANNELS, CELLS, CELLS, generator=torch.Generator().manual_seed(3)), told(variant))
+    latents = torch.randn(3, CHANNELS, CELLS, CELLS, generator=torch.Generator().manual_seed(3))
+    batch = Batch(latents, told(variant), torch.zeros(3, CELLS, CELLS))
 
     def loss() -> Tensor:
         return pair_loss(transformer, batch, variant.prediction, 1.0, 0.5, torch.Generator().manual_seed(4))
