@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -279,6 +280,35 @@ def test_a_folder_is_validated_by_its_manifest(run, ct_dir: Path, capsys: pytest
     assert hashes(Path("shards/manifest.jsonl").read_text()) == hashes(manifest)
 
 
+def test_settings_are_not_mixed_by_parts_or_by_another_folder_of_cts(run, ct_dir: Path, tmp_path, capsys) -> None:
+    assert run("render", "--ct-dir", ct_dir, *SMALL, "--part", "0/2") == 0
+    others = tmp_path / "others"
+    assert run("phantom", "--out", others, "--patients", 1, "--matrix", 64, "--seed", 1) == 0
+    capsys.readouterr()
+    coarser = [*SMALL, "--grid", "90deg"]
+    for again in (["--ct-dir", ct_dir, "--part", "1/2"], ["--ct-dir", others], ["--ct-dir", others, "--overwrite"]):
+        assert run("render", *again, *coarser) == 2
+        assert "was rendered with other settings (grid: 45deg instead of 90deg): " in capsys.readouterr().err
+    assert run("render", "--ct-dir", ct_dir, "--part", "1/2", *coarser, "--overwrite") == 0  # the other part will, too
+    assert run("render", "--ct-dir", ct_dir, "--part", "0/2", *coarser, "--overwrite") == 0
+    assert run("render", "--ct-dir", others, *coarser, "--licence", "another") == 0
+    assert run("render", "--ct-dir", ct_dir, *coarser) == 0
+    assert "0 rendered by cpu, 2 already finished" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ends an exception there, whatever it is."""
+
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", cli._interrupt_again)
+    Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(60)
+
+
 def test_a_run_that_is_killed_between_name_and_line_loses_nothing(run, ct_dir: Path, monkeypatch, capsys) -> None:
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -286,7 +316,9 @@ def test_a_run_that_is_killed_between_name_and_line_loses_nothing(run, ct_dir: P
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "add", die)
         with pytest.raises(KeyboardInterrupt):
-            render_folder(ct_dir, Path("shards"), RenderConfig(**TINY), on_defect="reject", overwrite=False)
+            render_folder(
+                ct_dir, Path("shards"), RenderConfig(**TINY), on_defect="reject", overwrite=False, part=(0, 2)
+            )
     (named,) = Path("shards").glob("*.h5")
     assert run("status") == 1
     assert "1 missing" in (shown := capsys.readouterr().out)

@@ -3,9 +3,12 @@
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tests.drrgen import damage
 from tests.drrgen.volumes import volume
@@ -245,6 +248,33 @@ def test_many_files_are_read_by_many_processes(
     together = dicom.find_series(folder)
     assert together == alone
     assert "Traceback" not in capfd.readouterr().err
+
+
+READING = """
+import sys
+import time
+from pathlib import Path
+
+from drrgen.dicom import index
+
+if __name__ == "__main__":
+    index._MIN_PARALLEL, index._CHUNK = 2, 5
+    reading = index._read({str(file.path).encode(): file for file in index.walk(Path(sys.argv[1]))})
+    next(reading)
+    print(flush=True)
+    time.sleep(600)
+"""
+
+
+def test_processes_that_read_end_with_the_one_that_started_them(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "reading.py"
+    script.write_text(READING)
+    with subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        readers = psutil.Process(process.pid).children(recursive=True)
+        assert readers
+        process.kill()
+    assert not psutil.wait_procs(readers, timeout=60)[1]
 
 
 def test_paths_of_any_bytes_are_kept(folder: Path, opened: list[Path]) -> None:

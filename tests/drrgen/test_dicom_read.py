@@ -1,5 +1,7 @@
 """Reading sound series: what is written comes back, in whatever order, orientation and encoding it is stored."""
 
+import os
+import signal
 import tracemalloc
 from pathlib import Path
 
@@ -156,6 +158,18 @@ def test_a_crash_of_the_decoder_costs_one_series(folder: Path, written: Volume, 
         with pytest.raises(SeriesRejected, match=r"undecodable-file: .*crashed"):
             list(images)
         assert np.array_equal(dicom.read(series, decode=dicom.decoder(worker)).hu, written.hu)
+
+
+def test_what_a_terminal_or_a_scheduler_sends_to_all_does_not_reach_the_decoder(folder: Path, written: Volume) -> None:
+    (series,) = dicom.find_series(folder)
+    with Worker() as worker:
+        images = dicom.decoder(worker)(series.slices)
+        next(images)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker._process.pid, number)
+        assert len(list(images)) == len(series.slices) - 1
+    with pytest.raises(Crashed):  # nor is a process left behind by a thread that reads on
+        next(worker.run(damage.hang, None))
 
 
 def test_a_decoder_that_hangs_is_ended(folder: Path, written: Volume) -> None:

@@ -3,6 +3,7 @@
 It completes the folder to the bytes of an undisturbed run.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from drrgen import catalog, dataset, pipeline, shards
+from drrgen import catalog, dataset, pipeline, processes, shards
 from drrgen.config import RenderConfig
 from drrgen.run import render_folder, write_phantoms
 
@@ -155,9 +156,9 @@ def test_stopped_in_the_middle_it_leaves_nothing_behind(
 ) -> None:
     """Ctrl-C, and what a scheduler sends: one line, exit code 130, and what was finished stays."""
     out = tmp_path / "out"
-    with start(ct_dir, out, "--workers", workers) as process:
+    with start(ct_dir, out, "--workers", workers, start_new_session=True) as process:
         until(lambda: hidden(out))
-        process.send_signal(stop)
+        os.killpg(process.pid, stop)  # as a terminal and Slurm do: to all processes of the run
         said = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 130, said
     assert lines(said) == ["drrgen: stopped; the same command goes on from here"]
@@ -194,6 +195,62 @@ def test_a_worker_that_dies_costs_nothing_but_time(ct_dir: Path, undisturbed: di
     assert process.returncode == 0, said
     assert digests(tmp_path) == undisturbed
     assert hidden(tmp_path) == []
+
+
+def test_a_ct_that_kills_every_process_is_given_up_alone(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    """Not with the one that was read ahead in the same process, or the one that was checked there."""
+    _, deadly, *_ = sorted(undisturbed)
+    with start(ct_dir, tmp_path, "--workers", "2") as process:
+        while process.poll() is None:
+            for path in tmp_path.glob(f".{deadly}.tmp-*"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(path.name.split("-")[-1]), signal.SIGKILL)
+            time.sleep(0.002)
+        said = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == 1, said
+    assert digests(tmp_path) == {name: digest for name, digest in undisturbed.items() if name != deadly}
+    assert [(name, one.codes) for name, one in dataset.read(tmp_path).rejected.items()] == [(deadly, ["process-died"])]
+
+
+def test_a_process_that_dies_while_it_waits_for_an_answer(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    jobs = [pipeline.Job(tmp_path / shards.file_name(one.origin), (one,)) for one in catalog.scan(ct_dir)[:2]]
+    dataset.begin(tmp_path, "hash", CONFIG.to_json(), planned=[], finished=[], todo=[])
+    counted = []
+
+    def kill_once_it_has_asked(event: pipeline.Event) -> None:
+        if not counted:
+            until(jobs[0].path.exists)  # it is in the middle of the second, and has asked for one more
+            (writer,) = [one for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())]
+            writer.kill()
+            until(lambda: writer.status() == psutil.STATUS_ZOMBIE)
+        counted.append(event.num_views if isinstance(event, pipeline.Cast) else 0)
+
+    processes.render_jobs(jobs, CONFIG, "reject", 1, 1, kill_once_it_has_asked)
+    assert digests(tmp_path) == {job.path.name: undisturbed[job.path.name] for job in jobs}
+    assert sum(counted) == 2 * 62  # what was lost is counted once
+
+
+def test_stopped_while_a_shard_waits_to_be_checked_it_is_finished(
+    ct_dir: Path, undisturbed: dict, tmp_path: Path
+) -> None:
+    jobs = [pipeline.Job(tmp_path / shards.file_name(one.origin), (one,)) for one in catalog.scan(ct_dir)[:2]]
+    dataset.begin(tmp_path, "hash", CONFIG.to_json(), planned=[], finished=[], todo=[])
+
+    def stop(event: pipeline.Event) -> None:
+        if isinstance(event, pipeline.Rendered):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.render_jobs(jobs, CONFIG, "reject", 1, stop)
+    assert hidden(tmp_path) == []
+    assert digests(tmp_path) == {job.path.name: undisturbed[job.path.name] for job in jobs}
+
+
+def test_fewer_threads_than_processors(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:
+    with start(ct_dir, tmp_path, "--part", "0/4", env=os.environ | {"NUMBA_NUM_THREADS": "1"}) as process:
+        said = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == 0, said
+    assert digests(tmp_path).items() <= undisturbed.items()
 
 
 def test_an_input_that_vanishes_after_the_scan_costs_one_shard(ct_dir: Path, undisturbed: dict, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Exit code 0: done. 1: some of the work was refused, each refusal with its line. 2: bad input, one line."""
-    sys.excepthook, sys.unraisablehook = _report_bug, lambda _: None
+    sys.excepthook, sys.unraisablehook = _report_bug, _interrupt_again
     warnings_to_user = logging.StreamHandler()
     warnings_to_user.setFormatter(logging.Formatter("drrgen: %(message)s"))
     logging.getLogger("drrgen").handlers = [warnings_to_user]
@@ -45,6 +46,15 @@ def _report_bug(kind: type[BaseException], error: BaseException, trace: Tracebac
     """Traces are for bugs. On a full disk every HDF5 object prints one when it goes; `main` has said it in one line."""
     if not issubclass(kind, OSError) and "Can't decrement id ref count" not in str(error):
         sys.__excepthook__(kind, error, trace)
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C that comes in a callback (numba's loading of code, a weak reference that goes) ends there: once more."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        main_thread = threading.main_thread().ident
+        again = threading.Timer(0.1, signal.pthread_kill, [main_thread, signal.SIGINT])
+        again.daemon = True
+        again.start()
 
 
 @app.command()
@@ -146,8 +156,9 @@ def render(
             engine=engine,
         )
     except KeyboardInterrupt:
-        print("drrgen: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(_STOPPED)
+        print("drrgen: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        # not by way of Python's end: it waits for what is being read, and threads in HDF5 crash in it
+        os._exit(_STOPPED)
     if profile and summary.rendered:
         print(stages.table(summary.stages, summary.seconds, cores.usable(), summary.busy))
         print(

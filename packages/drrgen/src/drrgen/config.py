@@ -80,10 +80,15 @@ class RenderConfig:
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"setup": asdict(self.setup)}, sort_keys=True)
 
-    def made(self, config_json: str) -> bool:
-        """Whether a shard's settings are these; a setting that did not exist when it was made had its default."""
+    def made(self, config_json: str, of_other_cts: bool = False) -> bool:
+        """Whether a shard's settings are these; a setting that did not exist when it was made had its default.
+
+        of_other_cts: whether it may be said to come from somewhere else.
+        """
+        ours = json.loads(self.to_json())
+        its_own = {name: ours[name] for name in ("dataset", "licence", "attribution") if of_other_cts}
         try:
-            return bool(_LATER | json.loads(config_json) == json.loads(self.to_json()))
+            return bool(_LATER | json.loads(config_json) | its_own == ours)
         except (TypeError, ValueError):
             return False
 

@@ -51,7 +51,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Cast:
-    """So many views more are done."""
+    """So many views more are done; fewer, where the process died that had them in hand."""
 
     num_views: int
 
@@ -91,16 +91,18 @@ def render_jobs(jobs: Iterable[Job], config: RenderConfig, on_defect: str, num_t
 
     The jobs are asked for one ahead. Raises OSError where shards cannot be written: no other CT would fare better.
     """
-    numba.set_num_threads(num_threads)
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
     reader, finisher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     with Worker() as worker:
         try:
             finishing: Future[Rendered] | None = None
             for job, reading in _one_ahead(reader, lambda job: _read(job, config, on_defect, worker), jobs):
                 drafted = _draft(job, reading, config, num_threads, report)
+                # handed on before anything is waited for: an interrupt must not leave it behind
+                coming = finisher.submit(_finish, drafted, num_threads) if drafted else None
                 if finishing:
                     report(finishing.result())
-                finishing = finisher.submit(_finish, drafted, num_threads) if drafted else None
+                finishing = coming
             if finishing:
                 report(finishing.result())
         finally:

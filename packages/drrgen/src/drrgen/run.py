@@ -1,5 +1,6 @@
 """A folder of CTs in, a folder of shards out: every series is rendered, skipped because finished, or rejected aloud."""
 
+import hashlib
 import json
 import os
 import sys
@@ -88,6 +89,7 @@ def render_folder(
         if one.copy_of is None
     ]
     known = dataset.read(out).lines
+    _check_settings(out, known, config, {job.path.name for job in all_jobs}, overwrite)
     summary, jobs, finished, rejections = Summary(), [], [], []
     for job in tqdm(all_jobs[part[0] :: part[1]], desc="finished shards", delay=5, leave=False):
         refused = job.entry.refused(on_defect)
@@ -177,6 +179,33 @@ def _reject(job: Job, error: SeriesRejected, ct_dir: Path, summary: Summary) -> 
     return dataset.Rejection(job.path.name, origin.patient_id, origin.series_uid, where, codes, printable(error))
 
 
+def _check_settings(
+    out: Path, known: dict[str, dataset.Line], config: RenderConfig, ours: set[str], overwrite: bool
+) -> None:
+    """Raises InputError where a shard that stays has other settings: of this part, of another, or of another --ct-dir.
+
+    known: the manifest's lines. ours: the files of the shards that all parts of this run mean to have; what is said of
+    where CTs come from may be something else for others.
+    """
+    same = hashlib.sha256(config.to_json().encode()).hexdigest()
+    for path in dataset.files(out):
+        is_ours, line = path.name in ours, known.get(path.name)
+        if (is_ours and overwrite) or (line and line.config_sha256 == same):
+            continue
+        if line and not dataset.confirmed(path, line):
+            continue  # not the shard that was written, so HDF5 is not asked what is in it
+        try:
+            with shards.Shard(path) as shard:
+                settings = shard.config_json if shard.kind == "rendered" else None
+        except InputError:
+            continue  # no shard that anybody could use
+        if settings is not None and not config.made(settings, of_other_cts=not is_ours):
+            raise InputError(
+                f"{path} was rendered with other settings ({_other(settings, config.to_json())}): "
+                f"choose another --out{', or --overwrite' if is_ours else ''}"
+            )
+
+
 def _finished(job: Job, known: dataset.Line | None, config: RenderConfig, is_refused: bool) -> dataset.Line | None:
     """The shard's line, where it is there and of this CT as it is now. Where it is not but its name is taken, a line
     says why.
@@ -196,11 +225,6 @@ def _finished(job: Job, known: dataset.Line | None, config: RenderConfig, is_ref
         print(f"rendering again: {error}", file=sys.stderr)
         return None
     with shard:
-        if not config.made(shard.config_json):
-            raise InputError(
-                f"{path} was rendered with other settings ({_other(shard.config_json, config.to_json())}): "
-                "choose another --out, or --overwrite"
-            )
         difference = _difference(shard, entry)
     if not difference:
         return line or dataset.line_of(path)

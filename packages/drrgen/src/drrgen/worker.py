@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,24 @@ class Crashed(Exception):
     """The process died, or took too long for one image."""
 
 
+@contextmanager
+def shielded(*signals: signal.Signals) -> Iterator[None]:
+    """Processes started in this block are never disturbed by these signals: who started them decides.
+
+    Ctrl-C reaches all that a terminal runs, and SIGTERM all that a scheduler runs. They are blocked from a process'
+    first instruction on, because its imports take seconds, in which a handler of its own is not set yet.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # started in the block, it would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Worker:
     """Runs generator functions in a process that is started when needed, and again after a crash.
 
@@ -29,6 +49,7 @@ class Worker:
         self._limit_s = limit_s
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._is_over = False
 
     def run(self, function: Callable[[Any], Iterator[Any]], argument: Any) -> Iterator[Any]:
         """What `function(argument)` yields there. Raises what it raises, or Crashed."""
@@ -56,11 +77,14 @@ class Worker:
                 self.close()  # it may be in the middle of anything
 
     def _started(self) -> Connection:
+        if self._is_over:  # another thread, which does not know that yet, would leave a process behind
+            raise Crashed("there are no decoders any more")
         if self._pipe is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
+            with shielded(signal.SIGINT, signal.SIGTERM):
+                self._process.start()
             theirs.close()
         return self._pipe
 
@@ -77,12 +101,12 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_over = True
         self.close()
 
 
 def _serve(pipe: Connection) -> None:
     """For each function: what it yields, int16 images as bytes, and an end, with the exception that it was, or None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main one decides
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders write there what they stumble over; ours is one line
     while True:
         try:

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from drrgen.dicom.headers import Header, read_header
 from drrgen.dicom.series import Series, Slice, Unusable
 from drrgen.errors import InputError
 from drrgen.volume import Origin
+from drrgen.worker import shielded
 
 # One task of a reading process, and of one transaction of the cache.
 _CHUNK = 256
@@ -171,9 +173,11 @@ def _read(files: dict[bytes, File]) -> Iterator[tuple[list[bytes], list[Header |
         yield from zip(chunks, map(_read_chunk, paths), strict=True)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=context, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(mp_context=context, initializer=_end_with_parent) as pool:
         try:
-            yield from zip(chunks, pool.map(_read_chunk, paths), strict=True)
+            with shielded(signal.SIGINT):
+                reading = pool.map(_read_chunk, paths)
+            yield from zip(chunks, reading, strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -182,6 +186,12 @@ def _read_chunk(paths: Iterable[Path]) -> list[Header | None]:
     return [read_header(path) for path in paths]
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_with_parent() -> None:
+    """A process of a pool waits for work for ever, also where who would give it was killed."""
+
+    def end() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
