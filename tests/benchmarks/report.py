@@ -27,10 +27,10 @@ PICTURE = """![Error beside time](img/benchmarks.png)
 *Left is faster, down is more exact. Each point is one of five views. Grey: the error of the central ray itself.*"""
 
 
-def machine(threads: int) -> str:
+def machine(threads: int, packages: Sequence[str] = VERSIONS) -> str:
     """The machine, the system and the versions that a measurement depends on."""
     versions = []
-    for name in VERSIONS:
+    for name in packages:
         try:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

@@ -171,6 +171,8 @@ def _draft(job: Job, reading: Future[_Ready], config: RenderConfig, num_threads:
         report(Refused(job.path, error, num_cast))
     except (InputError, OSError):
         raise
+    except MemoryError:
+        report(Refused(job.path, SeriesRejected(Defect("out-of-memory", "it needs more than there is")), num_cast))
     except Exception as error:
         # a mistake of ours must not end a night's work, nor be silent
         trace = "".join(traceback.format_exception(error))
