@@ -38,7 +38,7 @@ bench: .venv-bench/ready  ## time and error of the projectors beside RTK, plasti
 	.venv-bench/bin/python -m tests.benchmarks.projectors $(CT) --out bench --document docs/benchmarks.md
 	cp bench/benchmarks.png docs/img/benchmarks.png
 
-bench-pipeline: .venv/ready  ## what render does with its time, compression beside h5py, the cost of LIDC-IDRI (5 minutes)
+bench-pipeline: .venv/ready  ## what render does with its time, compression beside h5py, the cost of LIDC-IDRI (3 minutes)
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.pipeline $(wildcard $(CT) $(CT)/../lung-dx-a0001/kernelB-*) --document docs/pipeline.md --costs docs/how-to/get-lidc.md
 
 bench-gpu: .venv/ready  ## the cuda projector on this machine's GPU, in numbers; nanodrr too, if it is installed

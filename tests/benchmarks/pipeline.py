@@ -38,7 +38,7 @@ PARTS = ("sphere", "three", "compress", "cost")
 NUM_SERIES, MEAN_SLICES = 1018, 240
 PACKAGES = "drrgen numba numpy h5py isal zstandard".split()
 # Two grids, from which the cost of a view and that of a CT follow; few views, because a view costs what a view costs.
-FEW, MANY = "30deg", "15deg"
+FEW, MANY = "30deg", "10deg"
 GRIDS = {"5deg": 2522, "10deg": 614, "15deg": 266}
 SIZES = (256, 512, 1024)
 # The time of compressing is that of the fastest of so many times.
