@@ -29,6 +29,8 @@ def make_shard(folder: Path, name: str, patient_id: str) -> Path:
     shutil.copy(GOLDEN, path)
     with h5py.File(path, "r+") as file:
         file.attrs["patient_id"] = patient_id
+        file.attrs["config_json"] = SETTINGS
+        file.attrs["config_sha256"] = hashlib.sha256(SETTINGS.encode()).hexdigest()
     return path
 
 
@@ -326,6 +328,13 @@ def test_status_counts_what_is_there_and_names_what_is_not(folder: Path) -> None
     assert not found.is_done
     total = {what: sum(one[what] for one in found.splits.values()) for what in ("patients", "shards", "views")}
     assert total == {"patients": 2, "shards": 2, "views": found.views}
+
+
+def test_what_an_overwriting_run_has_not_come_to_is_missing(folder: Path) -> None:
+    """It drops the lines of all that it will make again; a shard of the settings before is none of its own."""
+    dataset.begin(folder, "hash", '{"grid": "15deg"}', planned=("a.h5", "b.h5", "c.h5"), finished=(), todo=("a.h5",))
+    found = status.status(folder)
+    assert (found.missing, found.damaged, found.unlisted) == (["a.h5", "c.h5"], [], [])
 
 
 def test_the_rate_is_of_the_time_in_which_anyone_worked(folder: Path) -> None:

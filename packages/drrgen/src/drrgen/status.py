@@ -63,10 +63,14 @@ def status(folder: Path) -> Status:
     unlisted = []
     for name in sorted(there.keys() - records.lines.keys()):
         try:
-            done.append(dataset.glance(there[name]))
-            unlisted.append(name)
+            line = dataset.glance(there[name])
         except InputError:
             damaged.add(name)
+            continue
+        # of other settings: `--overwrite` was stopped before it came to this one
+        if records.config is None or line.config_sha256 == dataset.config_sha256(records.config):
+            done.append(line)
+            unlisted.append(name)
     missing = (records.planned - records.rejected.keys() | damaged) - {line.file for line in done}
     views_per_s, shards_per_hour = _rates(done)
     return Status(
