@@ -121,11 +121,6 @@ def glance(path: Path) -> Line:
         )
 
 
-def config_sha256(config: dict[str, Any]) -> str:
-    """What shards of these settings have as config_sha256."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
 def line_of(path: Path, seconds: float | None = None) -> Line:
     """The line of a finished shard, which is read whole. Raises InputError where it is none.
 

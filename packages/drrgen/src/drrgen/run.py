@@ -1,6 +1,5 @@
 """A folder of CTs in, a folder of shards out: every series is rendered, skipped because finished, or rejected aloud."""
 
-import hashlib
 import json
 import os
 import sys
@@ -187,7 +186,7 @@ def _check_settings(
     known: the manifest's lines. ours: the files of the shards that all parts of this run mean to have; what is said of
     where CTs come from may be something else for others.
     """
-    same = hashlib.sha256(config.to_json().encode()).hexdigest()
+    same = shards.config_sha256(config.to_json())
     for path in dataset.files(out):
         is_ours, line = path.name in ours, known.get(path.name)
         if (is_ours and overwrite) or (line and line.config_sha256 == same):

@@ -90,6 +90,11 @@ def file_name(origin: Origin) -> str:
     return f"{patient}_{hashlib.sha256(origin.series_uid.encode()).hexdigest()[:8]}.h5"
 
 
+def config_sha256(config_json: str) -> str:
+    """What a shard of these settings has as its attribute of this name."""
+    return hashlib.sha256(config_json.encode()).hexdigest()
+
+
 class Writer:
     """Appends batches of views to a shard under way; made by `draft`.
 
@@ -204,7 +209,7 @@ def draft(
             kind="rendered",
             created_by=f"drrgen {__version__}",
             config_json=config_json,
-            config_sha256=hashlib.sha256(config_json.encode()).hexdigest(),
+            config_sha256=config_sha256(config_json),
             patient_id=volume.origin.patient_id,
             licence=licence,
             attribution=attribution,
@@ -491,7 +496,7 @@ def _wrong_values(file: h5py.File) -> Iterator[str]:
         yield "/: complete is not true: the file was not finished"
     if attributes["kind"] not in ("rendered", "synthesised"):
         yield f"/: kind is {attributes['kind']!r} instead of 'rendered' or 'synthesised'"
-    if hashlib.sha256(attributes["config_json"].encode()).hexdigest() != attributes["config_sha256"]:
+    if config_sha256(attributes["config_json"]) != attributes["config_sha256"]:
         yield "/: config_sha256 is not that of config_json"
     if not isinstance(attributes.get("dataset", ""), str):
         yield f"/: attribute dataset is {attributes['dataset']!r}"

@@ -14,6 +14,7 @@ from drrgen import dataset, temporary
 from drrgen.dataset import Line
 from drrgen.defects import printable
 from drrgen.errors import InputError
+from drrgen.shards import config_sha256
 
 # Enough to level out that series differ in length, few enough to show a slow disk of today.
 _LAST = 50
@@ -60,6 +61,7 @@ def status(folder: Path) -> Status:
         raise InputError(f"{folder}: no shards in there; name the folder that `drrgen render --out` writes to")
     done = [line for name, line in records.lines.items() if name in there and there[name].stat().st_size == line.bytes]
     damaged = set(records.lines) - {line.file for line in done}
+    settings = None if records.config is None else config_sha256(json.dumps(records.config, sort_keys=True))
     unlisted = []
     for name in sorted(there.keys() - records.lines.keys()):
         try:
@@ -68,7 +70,7 @@ def status(folder: Path) -> Status:
             damaged.add(name)
             continue
         # of other settings: `--overwrite` was stopped before it came to this one
-        if records.config is None or line.config_sha256 == dataset.config_sha256(records.config):
+        if settings in (None, line.config_sha256):
             done.append(line)
             unlisted.append(name)
     missing = (records.planned - records.rejected.keys() | damaged) - {line.file for line in done}
