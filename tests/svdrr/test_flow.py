@@ -49,7 +49,8 @@ def test_a_task_is_a_point_of_the_path_and_what_leads_back(prediction: str) -> N
     nothing = torch.zeros_like(data)
 
     def task(data: torch.Tensor, noise: torch.Tensor) -> flow.Noised:
-        return OBJECTIVES[prediction].noised(data, noise, 2.0, torch.Generator().manual_seed(1))
+        levels = OBJECTIVES[prediction].levels(5, 2.0, torch.Generator().manual_seed(1))
+        return OBJECTIVES[prediction].noised(data, noise, levels)
 
     both, of_data, of_noise = task(data, noise), task(data, nothing), task(nothing, noise)
     assert torch.equal(both.timestep, of_data.timestep)
@@ -62,7 +63,8 @@ def test_a_task_is_a_point_of_the_path_and_what_leads_back(prediction: str) -> N
 def test_the_linear_guess_is_that_of_least_squares(prediction: str) -> None:
     """Against 100,000 samples of unit variance at each of five noise levels; standard errors are about 3e-3."""
     data, noise = torch.randn(2, 5, 100_000, generator=torch.Generator().manual_seed(0))
-    noised = OBJECTIVES[prediction].noised(data, noise, 1.0, torch.Generator().manual_seed(1))
+    levels = OBJECTIVES[prediction].levels(5, 1.0, torch.Generator().manual_seed(1))
+    noised = OBJECTIVES[prediction].noised(data, noise, levels)
     slope, spread = OBJECTIVES[prediction].linear_guess(noised.timestep)
     x, target = noised.latents, noised.target
     assert torch.allclose(slope, (x * target).mean(1) / x.square().mean(1), atol=0.02)
@@ -105,7 +107,6 @@ def test_the_ideal_denoiser_of_a_gaussian_gives_the_gaussian(prediction: str) ->
 
 def test_the_diffusion_draws_every_whole_timestep_equally_often() -> None:
     """20,000 draws, of which a tenth falls into each tenth, +- 2 % of all being nine standard errors."""
-    nothing = torch.zeros(20_000, 1)
-    timestep = OBJECTIVES["epsilon"].noised(nothing, nothing, 5.0, torch.Generator().manual_seed(0)).timestep
+    timestep = OBJECTIVES["epsilon"].levels(20_000, 5.0, torch.Generator().manual_seed(0))
     assert (timestep.dtype, timestep.min(), timestep.max()) == (torch.int64, 0, 999)
     assert torch.allclose(timestep.float().histc(10, 0, 1000) / 20_000, torch.tensor(0.1), atol=0.02)

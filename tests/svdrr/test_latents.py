@@ -69,16 +69,22 @@ def test_another_content_of_a_shard_is_encoded_again(make_shards: Callable[..., 
 
 
 def test_goes_on_after_the_last_finished_shard(opened: list[Shard], tmp_path: Path) -> None:
-    def stop_after_the_first() -> None:
-        raise KeyboardInterrupt
-
     encoder = Encoder()
-    with pytest.raises(KeyboardInterrupt):
-        cached(opened, 32, encoder, "vae", tmp_path, stop_after_the_first)
+    cached(opened, 32, encoder, "vae", tmp_path, is_over=lambda: True)
+    assert encoder.seen == len(opened[0])
     latent_path(tmp_path, opened[1], 32, "vae").with_suffix(".partial").write_bytes(b"half a file, from a kill")
     cached(opened, 32, encoder, "vae", tmp_path)
     assert encoder.seen == sum(map(len, opened))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_processes_share_the_shards(opened: list[Shard], tmp_path: Path) -> None:
+    encoders = Encoder(), Encoder()
+    for index, encoder in enumerate(encoders):
+        cached(opened, 32, encoder, "vae", tmp_path, (index, 2))
+    assert [encoder.seen for encoder in encoders] == [sum(map(len, opened[index::2])) for index in (0, 1)]
+    cached(opened, 32, encoders[0], "vae", tmp_path)
+    assert sum(encoder.seen for encoder in encoders) == sum(map(len, opened))
 
 
 def test_what_is_not_whole_does_not_count(opened: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

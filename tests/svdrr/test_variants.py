@@ -15,7 +15,8 @@ from svdrr.errors import InputError
 from svdrr.pipeline import STEPS, SVDRRPipeline, scheduler
 from svdrr.pose import Views
 from svdrr.presets import svdrr_xl
-from svdrr.train import pair_loss, unscale_source, untrained
+from svdrr.tasks import pair_losses
+from svdrr.train import unscale_source, untrained
 from svdrr.transformer import ViewTransformer, condition
 
 CHANNELS, SIZE, CELLS = 2, 16, 8
@@ -114,7 +115,8 @@ def test_trains_a_step_in_which_every_parameter_has_its_part(tiny: TrainConfig, 
     batch = Batch(latents, told(variant), torch.zeros(3, CELLS, CELLS))
 
     def loss() -> Tensor:
-        return pair_loss(transformer, batch, variant.prediction, 1.0, 0.5, torch.Generator().manual_seed(4))
+        generator = torch.Generator().manual_seed(4)
+        return pair_losses(transformer, batch, variant.prediction, 1.0, 0.5, generator, 3, slice(None)).mean()
 
     before = loss()
     before.backward()

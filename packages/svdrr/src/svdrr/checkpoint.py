@@ -8,8 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from svdrr.errors import InputError
+from svdrr.processes import shared_like, whole
 
 
 @dataclass(frozen=True)
@@ -26,26 +28,45 @@ class Checkpoint:
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
-def state(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that a training step changes, by flat name. The optimizer's moments carry their parameter's name."""
+def state(
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None
+) -> dict[str, Tensor]:
+    """Everything that a training step changes, by flat name. The optimizer's moments carry their parameter's name.
+
+    scaler: of the loss, where gradients have 16 bits. Weights that are spread over processes come whole.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema/{name}": tensor for name, tensor in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"optimizer/{moment}/{name}": tensor for moment, tensor in moments.items()}
-    return tensors
+    if scaler is not None:
+        tensors |= {f"scaler/{name}": torch.tensor(float(value)) for name, value in scaler.state_dict().items()}
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the state back into a model, its average and an optimizer that were built the same way."""
-    model.load_state_dict(checkpoint.part("model"))
-    ema.load_state_dict(checkpoint.part("ema"))
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler | None = None,
+) -> None:
+    """Puts the state back into a model, its average, an optimizer and a scaler that were built the same way."""
+    for name, network in (("model", model), ("ema", ema)):
+        there = network.state_dict()
+        stored = checkpoint.part(name)
+        network.load_state_dict({key: shared_like(value, there[key]) for key, value in stored.items()})
     parameters = dict(model.named_parameters())
-    for key, stored in checkpoint.part("optimizer").items():
+    for key, value in checkpoint.part("optimizer").items():
         moment, name = key.split("/", maxsplit=1)
         parameter = parameters[name]
         # clone: tensors of a mapped file need not be aligned, and alignment may decide the last bit of a sum
-        optimizer.state[parameter][moment] = stored.clone().to(parameter.device if stored.ndim else "cpu")
+        moved = value.clone().to(parameter.device)
+        optimizer.state[parameter][moment] = shared_like(moved, parameter) if value.ndim else moved
+    if scaler is not None:
+        kinds = {name: type(value) for name, value in scaler.state_dict().items()}
+        scaler.load_state_dict({name: kinds[name](value.item()) for name, value in checkpoint.part("scaler").items()})
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

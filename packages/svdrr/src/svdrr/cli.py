@@ -1,5 +1,6 @@
 """The command line: text in, one call. Heavy imports wait inside the commands, so that --help is quick."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,10 @@ def train_command(
     max_minutes: Annotated[float | None, typer.Option(min=0, help="Save and stop after this time.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     init: Annotated[str | None, typer.Option(help="PixArt's weights to begin from: a folder or a hub id.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Train this one only: vae, or a size as 256px.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Pairs that a process takes at once; the batch stays as it is.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
 ) -> None:
     """Train a model on shards. The same command goes on where a run was stopped."""
@@ -42,7 +47,7 @@ def train_command(
         return
     from svdrr.train import train
 
-    train(config, shards, out, max_minutes, vae)
+    train(config, shards, out, max_minutes, vae, stage, at_once)
 
 
 @app.command("sample")
@@ -70,5 +75,6 @@ def main() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        print(f"svdrr: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'process {rank}: '}svdrr: {error}", file=sys.stderr)
         sys.exit(2)

@@ -80,7 +80,7 @@ class TrainConfig:
     weight_decay: float
     clip_norm: float
     ema_decay: float
-    mixed_precision: str  # "no" or "bf16"
+    mixed_precision: str  # "no", "bf16" or "fp16"
     log_every: int
     validate_every: int
     validation_pairs: int
@@ -88,6 +88,7 @@ class TrainConfig:
     keep_checkpoints: int
     init: str | None = None  # PixArt's weights, which the transformer begins from: a folder or a hub id
     cache_latents: bool = True  # False encodes each batch when it is needed
+    spread_weights: bool = False  # over the processes (FSDP), where there are several; else each has all of them
     pretrained_vae: str | None = None  # the digest of `--vae`; None where the run trains its own
 
     def to_json(self) -> dict[str, Any]:

@@ -113,6 +113,10 @@ class Batch(NamedTuple):
     condition: dict[str, Tensor]
     target_truncated: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        told = {name: tensor.to(device) for name, tensor in self.condition.items()}
+        return Batch(self.target_latent.to(device), told, self.target_truncated.to(device))
+
 
 def gather(
     shards: Sequence[Shard],

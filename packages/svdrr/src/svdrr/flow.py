@@ -29,13 +29,15 @@ class Noised(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """noised: (data, noise, shift, generator) to a training task at noise levels drawn from the generator.
+    """levels: (count, shift, generator) to the timesteps [count] of training tasks, drawn from the generator.
 
+    noised: (data, noise, timestep) to the training task there.
     linear_guess: timesteps to (slope, spread), each as they are shaped: for data of unit variance, slope x is the best
     linear guess of the target from the point x, and spread is the standard deviation of what it misses.
     """
 
-    noised: Callable[[Tensor, Tensor, float, torch.Generator], Noised]
+    levels: Callable[[int, float, torch.Generator], Tensor]
+    noised: Callable[[Tensor, Tensor, Tensor], Noised]
     linear_guess: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -55,10 +57,14 @@ def path(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * data + sigma * noise
 
 
-def velocity_noised(data: Tensor, noise: Tensor, shift: float, generator: torch.Generator) -> Noised:
-    """Points of straight paths at shifted logit-normal sigmas; the target is noise - data."""
-    sigma = draw_sigmas(len(data), shift, generator).to(data.device)
-    return Noised(path(data, noise, sigma), sigma * NUM_TIMESTEPS, noise - data)
+def velocity_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """The timesteps of shifted logit-normal sigmas."""
+    return draw_sigmas(count, shift, generator) * NUM_TIMESTEPS
+
+
+def velocity_noised(data: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
+    """Points of straight paths; the target is noise - data."""
+    return Noised(path(data, noise, timestep / NUM_TIMESTEPS), timestep, noise - data)
 
 
 def velocity_guess(timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,9 +87,13 @@ def diffused(data: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     return alpha * data + sigma * noise
 
 
-def epsilon_noised(data: Tensor, noise: Tensor, shift: float, generator: torch.Generator) -> Noised:
-    """Points of the diffusion at uniform timesteps, which its betas already spread: `shift` is the flow's alone."""
-    timestep = torch.randint(NUM_TIMESTEPS, (len(data),), generator=generator).to(data.device)
+def epsilon_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Uniform timesteps, which the betas already spread: `shift` is the flow's alone."""
+    return torch.randint(NUM_TIMESTEPS, (count,), generator=generator)
+
+
+def epsilon_noised(data: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
+    """Points of the diffusion; the target is the noise."""
     return Noised(diffused(data, noise, timestep), timestep, noise)
 
 
@@ -94,8 +104,8 @@ def epsilon_guess(timestep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 OBJECTIVES = {
-    "velocity": Objective(velocity_noised, velocity_guess),
-    "epsilon": Objective(epsilon_noised, epsilon_guess),
+    "velocity": Objective(velocity_levels, velocity_noised, velocity_guess),
+    "epsilon": Objective(epsilon_levels, epsilon_noised, epsilon_guess),
 }
 
 

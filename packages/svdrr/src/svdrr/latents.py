@@ -50,19 +50,23 @@ def cached(
     encode: Callable[[Tensor], Tensor],
     vae_digest: str,
     folder: Path,
-    check: Callable[[], None] = lambda: None,
+    part: tuple[int, int] = (0, 1),
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Reader:
     """Reads latents of these shards at this level from the folder, after encoding what is not there yet.
 
-    encode: line integrals [B, 1, size, size] to latents [B, C, h, w]. check: called after each shard that was encoded;
-    where it raises, the next call goes on with the next shard. Raises InputError where the folder takes no more.
+    encode: line integrals [B, 1, size, size] to latents [B, C, h, w]. part: (index, count) of the processes that
+    share this work; each encodes its own shards only. is_over: asked after each shard that was encoded, whether to
+    leave the others to the next call. Raises InputError where the folder takes no more.
     """
     paths = [latent_path(folder, shard, size, vae_digest) for shard in shards]
-    bar = tqdm(shards, desc=f"latents {size}px", unit="shard", disable=not shards)
-    for shard, path in zip(bar, paths, strict=True):
+    index, count = part
+    mine = list(zip(shards, paths, strict=True))[index::count]
+    for shard, path in tqdm(mine, desc=f"latents {size}px", unit="shard", disable=index > 0 or not shards):
         if not _whole(path):
             _write(path, shard, size, encode)
-            check()
+            if is_over():
+                break
 
     # What is mapped is read from the disk when a view of it is asked for, and forgotten when memory is short.
     mapped = functools.lru_cache(MAX_OPEN)(functools.partial(np.load, mmap_mode="r"))

@@ -172,6 +172,7 @@ def svdrr_xl(seed: int = 0) -> TrainConfig:
         validation_pairs=64,
         checkpoint_every=1000,
         keep_checkpoints=2,
+        spread_weights=True,
     )
 
 

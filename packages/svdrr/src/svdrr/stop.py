@@ -1,20 +1,33 @@
 """Stopping between two steps, with everything saved: at SIGINT or SIGTERM, or when the time is over."""
 
+import math
 import signal
 import time
 from types import FrameType, TracebackType
 
 
 class StoppedError(Exception):
-    """The run was asked to stop and did; the message says where."""
+    """The run was asked to stop and did. exit_code: what the process should end with."""
+
+    def __init__(self, code: int, where: str) -> None:
+        reason = "--max-minutes" if code == TIME_IS_OVER else signal.Signals(code).name
+        super().__init__(f"stopped by {reason}, saved at {where}: the same command goes on from there")
+        self.exit_code = 0 if code == TIME_IS_OVER else 128 + code
+
+
+TIME_IS_OVER = 255
+"""The code of --max-minutes; those of signals are smaller."""
+
+SAME_REQUEST_S = 2.0
+"""One Ctrl-C can come twice: to the whole group of processes, and from whoever started them."""
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `reason` instead of ending the process; a second one ends it at once."""
+    """While entered, SIGINT and SIGTERM set `code` instead of ending the process; another, later, ends it at once."""
 
     def __init__(self, max_minutes: float | None) -> None:
-        self.signal: int | None = None
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._signal, self._since = 0, math.inf
+        self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def __enter__(self) -> "StopRequest":
         self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -25,19 +38,21 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if now > self._since + SAME_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signal, self._since = number, min(now, self._since)
 
     @property
-    def reason(self) -> str | None:
-        """Why to stop, in words; None where there is no reason to."""
-        if self.signal is not None:
-            return f"stopped by {signal.Signals(self.signal).name}"
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            return "stopped by --max-minutes"
-        return None
+    def code(self) -> int:
+        """Why to stop: a signal's number, or TIME_IS_OVER; 0 where there is no reason to."""
+        if self._signal:
+            return self._signal
+        return TIME_IS_OVER if time.monotonic() > self._deadline else 0
 
-    def check(self, where: str) -> None:
-        """Raises StoppedError(where) if there is a reason to stop."""
-        if self.reason:
-            raise StoppedError(where)
+    @staticmethod
+    def obey(code: int, where: str) -> None:
+        """Raises StoppedError for any code but 0."""
+        if code:
+            raise StoppedError(code, where)

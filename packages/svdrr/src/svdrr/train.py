@@ -1,47 +1,41 @@
 """Shards in, a model out: the autoencoder, its latents, then the transformer from weak to strong resolution.
 
 The same command goes on where a run was stopped, however that happened. On a CPU it ends in the same weights, bit for
-bit: a step depends on nothing but the state before it and on (seed, stage, step).
+bit.
 """
 
-import copy
+import contextlib
 import hashlib
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from svdrr import flow, metrics, pixart
+from svdrr import metrics, pixart, processes
 from svdrr import vae as autoencoder
-from svdrr.checkpoint import Checkpoint, latest, restore, save, state
+from svdrr.checkpoint import Checkpoint, latest
 from svdrr.config import StageConfig, TrainConfig
-from svdrr.data import Batch, draw_pairs, gather, step_seed, training_shards
+from svdrr.data import draw_pairs, step_seed, training_shards
 from svdrr.errors import InputError
 from svdrr.latents import Reader, cached, online
+from svdrr.loop import Habits, fit
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline, scheduler
+from svdrr.processes import gathered, on_main
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
 from svdrr.stop import StoppedError, StopRequest
+from svdrr.tasks import VAE_STAGE, images, vae_task, view_task
 from svdrr.transformer import ViewTransformer
 
-VAE_STAGE = "vae"
 MEASURED_IMAGES = 128
 """Views that the scale of the latents (training) and the autoencoder's own error (validation) are measured on."""
-
-BETAS = (0.9, 0.95)
-"""Of AdamW. A short memory of the gradients' size, as is usual for transformers; it pays most in short runs."""
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def train(
@@ -50,67 +44,65 @@ def train(
     out: Path | None = None,
     max_minutes: float | None = None,
     vae: str | None = None,
+    only: str | None = None,
+    at_once: int | None = None,
 ) -> Path:
     """Trains to the end, or until the time is over; returns the run's folder.
 
-    vae: a trained autoencoder's folder or id on the Hub, to use instead of training one. Raises InputError for shards
-    that cannot be trained on, a `vae` that does not fit or an `out` that holds another run, and SystemExit(128 +
-    signal) after a clean stop by SIGINT or SIGTERM.
+    vae: a trained autoencoder's folder or id on the Hub, to use instead of training one. only: the name of the one
+    stage to train, where it is the next. at_once: pairs that a process takes at once, for the sake of its memory; the
+    batch is the same. Processes that `torchrun` or `accelerate launch` started share the work.
+
+    Raises InputError for shards that cannot be trained on, a `vae` that does not fit or an `out` that holds another
+    run, and SystemExit(128 + signal) after a clean stop by SIGINT or SIGTERM.
     """
     if config.model.image_embedding:
         raise InputError(
             f"the model of {config.preset} needs a frozen CLIP encoder, which this version does not have: "
             "choose another --preset (docs/training.md says what this one is good for)"
         )
-    shards = open_folder(shards_folder)
-    train_shards, val_shards = training_shards(shards)
-    for shard in train_shards + val_shards:
-        for stage in config.stages:
-            shard.check_level(stage.size)
-    given = None
-    if vae is not None:
-        given = fitting_vae(vae, config)
-        config = replace(config, pretrained_vae=autoencoder.digest(given))
-    run = open_run(config, data_digest(train_shards, val_shards), out)
-    if run.finished:
-        print(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.", file=sys.stderr)
-        return run.folder
-    if not val_shards:
-        print(f"none of these {len(shards)} shards is for validation: training goes on without", file=sys.stderr)
-
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise InputError("this version trains in one process: start it without `accelerate launch`")
+    if only is not None and only not in (names := stage_names(config)):
+        raise InputError(f"no stage {only!r} in {config.preset}: --stage is one of {', '.join(names)}")
+    accelerator = processes.accelerator(config.mixed_precision)
     torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # CUDA has none for some of what we use
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly guard
 
-    with run.locked(), StopRequest(max_minutes) as stop:
-        session = Session(config, run, accelerator, stop, train_shards, val_shards)
+    config, run, train_shards, val_shards = on_main(accelerator, lambda: begin(config, shards_folder, out, vae))
+    with contextlib.ExitStack() as stack:
+        session = Session(
+            config, run, accelerator, stack.enter_context(StopRequest(max_minutes)), train_shards, val_shards, at_once
+        )
+        if run.finished:
+            session.say(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.")
+            return run.folder
+        on_main(accelerator, lambda: stack.enter_context(run.locked()))
+        if not val_shards:
+            session.say("none of these shards is for validation: training goes on without")
         try:
-            checkpoint = latest(run.checkpoints)
-            transformer = untrained(config)  # first, for what is wrong with its `init` costs no autoencoder's training
-            if not run.vae.is_dir():
-                keep_vae(session, train_vae(session, checkpoint) if given is None else given)
-            used = AutoencoderKL.from_pretrained(run.vae).to(accelerator.device).requires_grad_(False)
-
-            names = [stage.name for stage in config.stages]
-            begin = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
-            if not config.model.scaled_source:
-                unscale_source(transformer, used)
-            for stage in config.stages[begin:]:
-                transformer = train_stage(session, stage, used, transformer, checkpoint)
-            save_pipeline(session, used, transformer)
-            print(f"{run.folder} is finished: its model is {run.model}", file=sys.stderr)
+            train_stages(session, vae, only)
         except StoppedError as stopped:
-            print(f"{stop.reason}, saved at {stopped}: the same command goes on from there", file=sys.stderr)
-            if stop.signal is not None:
-                raise SystemExit(128 + stop.signal) from None
+            session.say(str(stopped))
+            if stopped.exit_code:
+                raise SystemExit(stopped.exit_code) from None
     return run.folder
+
+
+def begin(
+    config: TrainConfig, shards_folder: Path, out: Path | None, vae: str | None
+) -> tuple[TrainConfig, Run, list[Shard], list[Shard]]:
+    """Everything that can be wrong is found here, before anything is written: the run, its shards, its whole config."""
+    train_shards, val_shards = training_shards(open_folder(shards_folder))
+    for shard in train_shards + val_shards:
+        for stage in config.stages:
+            shard.check_level(stage.size)
+    if vae is not None:
+        config = replace(config, pretrained_vae=autoencoder.digest(fitting_vae(vae, config)))
+    return config, open_run(config, data_digest(train_shards, val_shards), out), train_shards, val_shards
 
 
 @dataclass(frozen=True)
 class Session:
-    """What all stages of one run share."""
+    """What all stages of one run share. at_once: see `train`."""
 
     config: TrainConfig
     run: Run
@@ -118,6 +110,83 @@ class Session:
     stop: StopRequest
     train_shards: list[Shard]
     val_shards: list[Shard]
+    at_once: int | None
+
+    def say(self, words: str) -> None:
+        """One line to whoever started the run, however many processes there are."""
+        if self.accelerator.is_main_process:
+            print(words, file=sys.stderr)
+
+    def meet(self, code: int, where: str) -> None:
+        """Waits for all processes. Raises StoppedError in all of them, where one has a reason (`code`) to stop."""
+        codes = gathered(self.accelerator, torch.tensor([code]))
+        self.stop.obey(int(codes.max()), where)
+
+    @property
+    def habits(self) -> Habits:
+        config = self.config
+        return Habits(
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            ema_decay=config.ema_decay,
+            log_every=config.log_every,
+            watch_every=config.validate_every,
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            checkpoints=self.run.checkpoints,
+            at_once=self.at_once,
+            log=self.run.log,
+        )
+
+
+def stage_names(config: TrainConfig) -> list[str]:
+    """The stages in their order."""
+    return [VAE_STAGE, *(stage.name for stage in config.stages)]
+
+
+def train_stages(session: Session, vae: str | None, only: str | None) -> None:
+    """What is not done yet, up to the finished model; or the stage `only`, where it is the next."""
+    config, run = session.config, session.run
+    checkpoint = latest(run.checkpoints)
+    upcoming = next_stage(config, run, checkpoint)
+    session.accelerator.wait_for_everyone()  # before the first of them changes what the others have just read
+    if only is not None and only != upcoming:
+        names = stage_names(config)
+        if names.index(only) < names.index(upcoming):
+            session.say(f"stage {only} is finished: the next is {upcoming}")
+            return
+        raise InputError(f"stage {only} is not the next of {run.folder}: train --stage {upcoming} first")
+
+    transformer = untrained(config, session.say)  # first: what is wrong with its `init` costs no autoencoder's training
+    if upcoming == VAE_STAGE:
+        keep_vae(session, train_vae(session, checkpoint) if vae is None else fitting_vae(vae, config))
+        if only == VAE_STAGE:
+            return
+    used = AutoencoderKL.from_pretrained(run.vae).to(session.accelerator.device).requires_grad_(False)
+    if not config.model.scaled_source:
+        unscale_source(transformer, used)
+    names = [stage.name for stage in config.stages]
+    first = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
+    for stage in config.stages[first:]:
+        transformer = train_stage(session, stage, used, transformer, checkpoint)
+        if stage.name == only != names[-1]:
+            return
+    if session.accelerator.is_main_process:
+        save_pipeline(session, used, transformer)
+    session.say(f"{run.folder} is finished: its model is {run.model}")
+
+
+def next_stage(config: TrainConfig, run: Run, checkpoint: Checkpoint | None) -> str:
+    """The name of the first stage that is not done; the last one, where only its model is left to be saved."""
+    if not run.vae.is_dir():
+        return VAE_STAGE
+    if checkpoint is None or checkpoint.stage == VAE_STAGE:
+        return config.stages[0].name
+    names = [stage.name for stage in config.stages]
+    index = names.index(checkpoint.stage)
+    done = checkpoint.step == config.stages[index].steps
+    return names[min(index + done, len(names) - 1)]
 
 
 def fitting_vae(name: str, config: TrainConfig) -> AutoencoderKL:
@@ -140,59 +209,43 @@ def fitting_vae(name: str, config: TrainConfig) -> AutoencoderKL:
 
 
 def train_vae(session: Session, checkpoint: Checkpoint | None) -> AutoencoderKL:
-    """Trains the autoencoder on crops of views of every stage's size."""
-    settings, device = session.config.vae, session.accelerator.device
-    sizes = [stage.size for stage in session.config.stages]
-
-    def loss_at(model: nn.Module, step: int) -> Tensor:
-        seed = step_seed(session.config.seed, VAE_STAGE, step)
-        generator = torch.Generator().manual_seed(seed)
-        size = sizes[step % len(sizes)]
-        row, column = torch.randint(max(1, size - settings.crop + 1), (2,), generator=generator).tolist()
-        views = any_images(session.train_shards, size, settings.batch, seed).to(device)
-        batch = views[..., row : row + settings.crop, column : column + settings.crop]
-        weights = settings.kl_weight, settings.gradient_weight, settings.equivariance_weight
-        return autoencoder.loss(model, batch, *weights, generator).mean()
-
-    torch.manual_seed(step_seed(session.config.seed, VAE_STAGE, -1))
-    vae = autoencoder.build(settings.latent_channels, settings.block_channels, settings.layers_per_block)
-    return fit(session, VAE_STAGE, settings.steps, settings.learning_rate, vae, checkpoint, loss_at, validate=None)
+    """A new autoencoder, trained."""
+    config, accelerator = session.config, session.accelerator
+    torch.manual_seed(step_seed(config.seed, VAE_STAGE, -1))
+    vae = autoencoder.build(config.vae.latent_channels, config.vae.block_channels, config.vae.layers_per_block)
+    task = vae_task(config, session.train_shards, accelerator.device)
+    return fit(task, session.habits, vae, checkpoint, accelerator, session.stop)
 
 
 def keep_vae(session: Session, vae: AutoencoderKL) -> None:
     """Measures the scale of the latents and the error of the round trip, and leaves `vae` in the run's folder."""
-    vae = vae.to(session.accelerator.device).requires_grad_(False)
-    size, seed = session.config.stages[-1].size, step_seed(session.config.seed, "measure", 0)
+    if session.accelerator.is_main_process:
+        vae = vae.to(session.accelerator.device).requires_grad_(False)
+        size, seed = session.config.stages[-1].size, step_seed(session.config.seed, "measure", 0)
 
-    def batches(shards: Sequence[Shard]) -> Iterator[Tensor]:
-        images = any_images(shards, size, MEASURED_IMAGES, seed)
-        yield from (batch.to(session.accelerator.device) for batch in images.split(session.config.vae.batch))
+        def batches(shards: list[Shard]) -> Iterator[Tensor]:
+            views = images(shards, size, draw_pairs(shards, MEASURED_IMAGES, 0, seed))
+            yield from (batch.to(session.accelerator.device) for batch in views.split(session.config.vae.batch))
 
-    with torch.no_grad():
-        autoencoder.measure_latents(vae, batches(session.train_shards))
-        psnr = np.concatenate(
-            [
-                metrics.psnr(autoencoder.decode(vae, autoencoder.encode(vae, batch)).cpu(), batch.cpu())
-                for batch in batches(session.val_shards or session.train_shards)
-            ]
-        ).mean()
-    if math.isnan(psnr):
-        raise InputError("the autoencoder decodes these shards to what is no number: use another")
-    session.run.log(stage=VAE_STAGE, round_trip_psnr=psnr)
-    print(f"the autoencoder's round trip: {psnr:.1f} dB, the ceiling of all that follows", file=sys.stderr)
-    with whole_folder(session.run.vae) as partial:
-        vae.save_pretrained(partial)
-
-
-def any_images(shards: Sequence[Shard], size: int, count: int, seed: int) -> Tensor:
-    """Line integrals [count, 1, size, size] of views drawn from all, patients equally often."""
-    pairs = draw_pairs(shards, count, pa_fraction=0, seed=seed)
-    views = [shards[s].images(size, [v]) for s, v in zip(pairs.shard, pairs.target, strict=True)]
-    return torch.from_numpy(np.stack(views))
+        with torch.no_grad():
+            autoencoder.measure_latents(vae, batches(session.train_shards))
+            psnr = np.concatenate(
+                [
+                    metrics.psnr(autoencoder.decode(vae, autoencoder.encode(vae, batch)).cpu(), batch.cpu())
+                    for batch in batches(session.val_shards or session.train_shards)
+                ]
+            ).mean()
+        if math.isnan(psnr):
+            raise InputError("the autoencoder decodes these shards to what is no number: use another")
+        session.run.log(stage=VAE_STAGE, round_trip_psnr=psnr)
+        session.say(f"the autoencoder's round trip: {psnr:.1f} dB, the ceiling of all that follows")
+        with whole_folder(session.run.vae) as partial:
+            vae.save_pretrained(partial)
+    session.meet(session.stop.code, "the autoencoder")
 
 
-def untrained(config: TrainConfig) -> ViewTransformer:
-    """The transformer as the first stage starts with it.
+def untrained(config: TrainConfig, say: Callable[[str], None] = lambda words: None) -> ViewTransformer:
+    """The transformer as the first stage starts with it. say: told which weights it began from, and which not.
 
     Raises InputError where it is to begin from weights (`init`) that are missing or of another shape.
     """
@@ -202,9 +255,8 @@ def untrained(config: TrainConfig) -> ViewTransformer:
     transformer = ViewTransformer(latent_channels=config.vae.latent_channels, **settings)
     if config.init is not None:
         loaded = pixart.load(transformer, config.init)
-        print(
-            f"begun from {config.init}; new: {_listed(loaded.new)}; not used: {_listed(loaded.unused)}", file=sys.stderr
-        )
+        new, unused = (", ".join(names) or "nothing" for names in loaded)
+        say(f"begun from {config.init}; new: {new}; not used: {unused}")
     return transformer
 
 
@@ -212,10 +264,6 @@ def unscale_source(transformer: ViewTransformer, vae: AutoencoderKL) -> None:
     """From now on the transformer undoes the normalisation of its source's latents, as this autoencoder has it."""
     shift = vae.config.shift_factor or 0.0  # the SDXL one has none
     transformer.register_to_config(source_scale=1 / vae.config.scaling_factor, source_shift=shift)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "nothing"
 
 
 def train_stage(
@@ -226,139 +274,30 @@ def train_stage(
     checkpoint: Checkpoint | None,
 ) -> ViewTransformer:
     """Trains the transformer at one size, from the weights of `start`; returns their average."""
-    config, device = session.config, session.accelerator.device
+    config, run, accelerator = session.config, session.run, session.accelerator
+    part = accelerator.process_index, accelerator.num_processes
 
     def encode(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, enabled=False):  # as exact within a step as before it
-            return autoencoder.encode(vae, images.to(device))
+        with torch.autocast(accelerator.device.type, enabled=False):  # as exact within a step as before it
+            return autoencoder.encode(vae, images.to(accelerator.device))
 
-    def check() -> None:
-        session.stop.check(f"the latents of {stage.name}")
-
-    def latents(shards: list[Shard]) -> Reader:
+    def reader(shards: list[Shard]) -> Reader:
         if not config.cache_latents:
             return online(shards, stage.size, encode)
-        return cached(shards, stage.size, encode, vae_digest, session.run.latents, check)
+        return cached(shards, stage.size, encode, digest, run.latents, part, is_over)
 
-    vae_digest = autoencoder.digest(vae)
-    train_data = (session.train_shards, latents(session.train_shards))
-    val_data = (session.val_shards, latents(session.val_shards))
+    def is_over() -> bool:
+        codes.append(session.stop.code)
+        return codes[-1] > 0
 
-    def loss_at(model: nn.Module, step: int) -> Tensor:
-        seed = step_seed(config.seed, stage.name, step)
-        pairs = draw_pairs(session.train_shards, stage.batch, config.pa_fraction, seed)
-        batch = gather(*train_data, pairs, stage.size, config.model.absolute_pose, device)
-        generator = torch.Generator().manual_seed(seed)
-        return pair_loss(model, batch, config.model.prediction, stage.shift, config.drop_source, generator)
-
-    def validate(model: nn.Module) -> float:
-        seed = step_seed(config.seed, "validation", 0)
-        pairs = draw_pairs(session.val_shards, config.validation_pairs, config.pa_fraction, seed)
-        batch = gather(*val_data, pairs, stage.size, config.model.absolute_pose, device)
-        generator = torch.Generator().manual_seed(seed)
-        return pair_loss(model, batch, config.model.prediction, stage.shift, 0, generator).item()
-
-    return fit(
-        session,
-        stage.name,
-        stage.steps,
-        stage.learning_rate,
-        start,
-        checkpoint,
-        loss_at,
-        validate if session.val_shards else None,
-    )
-
-
-def pair_loss(
-    model: nn.Module, batch: Batch, prediction: str, shift: float, drop_source: float, generator: torch.Generator
-) -> Tensor:
-    """The loss on a batch of pairs, with noise, noise levels and dropped sources drawn from the generator."""
-    latents = batch.target_latent
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    noised = flow.OBJECTIVES[prediction].noised(latents, noise, shift, generator)
-    drop = (torch.rand(len(latents), generator=generator) < drop_source).to(latents.device)
-    predicted = model(noised.latents, noised.timestep, **batch.condition, drop_source=drop)
-    return flow.loss(predicted, noised.target).mean()
-
-
-def fit(
-    session: Session,
-    name: str,
-    steps: int,
-    learning_rate: float,
-    model: Network,
-    checkpoint: Checkpoint | None,
-    loss_at: Callable[[nn.Module, int], Tensor],
-    validate: Callable[[nn.Module], float] | None,
-) -> Network:
-    """The loop: from `model`, or from the checkpoint where it is of this stage, to the end. Returns the average."""
-    config, run, accelerator = session.config, session.run, session.accelerator
-    model = model.to(accelerator.device).requires_grad_(True).train()
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
-    )
-    first = 0
-    if checkpoint is not None and checkpoint.stage == name:
-        restore(checkpoint, model, ema, optimizer)
-        first = checkpoint.step
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-
-    losses: list[float] = []
-    since = time.monotonic()
-    for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, unit="step", mininterval=0.5):
-        # one training step
-        rate = learning_rate * schedule(step, steps, config.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with accelerator.autocast():
-            loss = loss_at(prepared, step)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(prepared.parameters(), config.clip_norm)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1] + norm.item()):
-            raise InputError(
-                f"loss {losses[-1]:g} and gradient {norm:g} at stage {name}, step {step}; the weights in "
-                f"{run.checkpoints} are from before: train again with a lower learning rate"
-            )
-        prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
-        update_average(ema, model, min(config.ema_decay, (step + 1) / (step + 10)))
-        done = step + 1
-
-        # report
-        if done % config.log_every == 0 or done == steps:
-            now = time.monotonic()
-            steps_per_s = round(len(losses) / (now - since), 3)
-            run.log(stage=name, step=done, loss=np.mean(losses), learning_rate=rate, steps_per_s=steps_per_s)
-            losses, since = [], now
-
-        # validate
-        if validate and (done % config.validate_every == 0 or done == steps):
-            with torch.no_grad():
-                run.log(stage=name, step=done, validation_loss=validate(ema))
-
-        # checkpoint
-        if done % config.checkpoint_every == 0 or done == steps or session.stop.reason:
-            tensors = state(model, ema, optimizer)
-            save(run.checkpoints, Checkpoint(name, done, tensors), config.keep_checkpoints)
-
-        # stop?
-        session.stop.check(f"stage {name}, step {done}")
-    return ema
-
-
-def schedule(step: int, steps: int, warmup_steps: int) -> float:
-    """The factor on the learning rate: up in a line over the warm-up, down in half a cosine to the end."""
-    return min(1.0, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """One step of the exponential moving average of the weights."""
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
+    digest = autoencoder.digest(vae)
+    codes = [0]
+    train_data = session.train_shards, reader(session.train_shards)
+    val_data = session.val_shards, reader(session.val_shards)
+    session.meet(max(codes), f"the latents of {stage.name}")
+    task = view_task(config, stage, train_data, val_data, accelerator.device)
+    blocks = list(start.blocks) if config.spread_weights else []
+    return fit(task, session.habits, start, checkpoint, accelerator, session.stop, blocks)
 
 
 def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransformer) -> None:

@@ -1,0 +1,88 @@
+"""Training in several processes at once: who does what, what they tell one another, and weights spread over all.
+
+With one process every function here is the plain thing that it stands for.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from svdrr.errors import InputError
+
+Result = TypeVar("Result")
+
+
+def accelerator(mixed_precision: str) -> Accelerator:
+    """This process, in the group that `torchrun` or `accelerate launch` started, if there is one.
+
+    Raises InputError for a precision that this machine does not have.
+    """
+    try:
+        return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
+    except ValueError as error:
+        raise InputError(f"mixed_precision {mixed_precision}: {str(error).splitlines()[0]}") from error
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What `work` returns in the main process, told to all.
+
+    Where it raises InputError, that goes on in the main process, and the others leave without a word of their own.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    told: list = [None, False]
+    try:
+        if accelerator.is_main_process:
+            told = [work(), True]
+    finally:
+        broadcast_object_list(told)
+    result, is_done = told
+    if not is_done:
+        raise SystemExit(2)
+    return result
+
+
+def my_rows(accelerator: Accelerator, batch: int, at_once: int | None, what: str) -> list[slice]:
+    """Which rows of a batch are this process's, in pieces of at most `at_once`.
+
+    Raises InputError where the batch cannot be shared evenly.
+    """
+    count = accelerator.num_processes
+    share, rest = divmod(batch, count)
+    if rest:
+        raise InputError(
+            f"{what} has batches of {batch}, which {count} processes cannot share evenly: start another number"
+        )
+    begin, end = accelerator.process_index * share, (accelerator.process_index + 1) * share
+    step = min(at_once or share, share)
+    return [slice(first, min(first + step, end)) for first in range(begin, end, step)]
+
+
+def gathered(accelerator: Accelerator, mine: Tensor) -> Tensor:
+    """The rows of all processes, in their order; each has as many."""
+    return accelerator.gather(mine.to(accelerator.device))
+
+
+def spread(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Leaves each process a share of every weight only; a block's are put together when it is its turn (FSDP)."""
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its shares; all processes ask for it at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, spread as the other is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
