@@ -23,7 +23,7 @@ from svdrr.presets import preset
 from svdrr.shards import open_folder
 from svdrr.train import data_digest, train
 
-KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock"}
+KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock", "tensorboard"}
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def test_stages_can_be_trained_one_by_one(
 def test_rows_taken_one_at_a_time_are_the_same_batch(
     tiny: TrainConfig, shards: Path, unbroken: Callable[[TrainConfig], Path], tmp_path: Path
 ) -> None:
-    """But for the order of sums: 1e-4 of a loss after ten steps of Adam, which divides small gradients by small ones."""
+    """But for the order of sums, of which Adam, dividing gradients by their size, makes more: 1e-4 of a loss."""
     run = train(tiny, shards, tmp_path / "run", at_once=1)
     losses = [[line["loss"] for line in log(folder) if "loss" in line] for folder in (run, unbroken(tiny))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

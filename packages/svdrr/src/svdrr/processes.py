@@ -73,7 +73,7 @@ def spread(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Leaves each process a share of every weight only; a block's are put together when it is its turn (FSDP)."""
     for block in blocks:
         fully_shard(block)
-    fully_shard(model)
+    fully_shard(model, reshard_after_forward=True)  # also where no backward pass follows
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -5,10 +5,12 @@
 - vae/, latents/: the finished autoencoder, and every view encoded by it
 - model/: the finished pipeline
 - log.jsonl: a line per few steps; what was done twice, after a kill, is there twice
+- tensorboard/: the same as curves. samples/: views of patients for validation, synthesised in between
 """
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import shutil
@@ -17,12 +19,18 @@ from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from safetensors import SafetensorError
 
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
@@ -38,15 +46,33 @@ class Run:
         self.latents = folder / "latents"
         self.vae = folder / "vae"
         self.model = folder / "model"
+        self.samples = folder / "samples"
+        self.tensorboard = folder / "tensorboard"
 
     @property
     def finished(self) -> bool:
         return self.model.is_dir()
 
-    def log(self, **values: Any) -> None:
-        """Appends one line to log.jsonl."""
+    @functools.cached_property
+    def _board(self) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, which only training needs to
+
+        return SummaryWriter(str(self.tensorboard))
+
+    def log(self, stage: str, step: int = 0, **values: float) -> None:
+        """Appends one line to log.jsonl, and a point to each value's curve."""
         with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), **values}) + "\n")
+            file.write(json.dumps({"time": round(time.time(), 1), "stage": stage, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{stage}/{name}", value, step)
+        self._board.flush()
+
+    def show(self, stage: str, step: int, picture: NDArray[np.uint8]) -> None:
+        """Keeps a picture [rows, columns] as a PNG in samples/, and for TensorBoard."""
+        self.samples.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(self.samples / f"{stage}-{step:07d}.png")
+        self._board.add_image(f"{stage}/samples", picture[None], step)
+        self._board.flush()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,0 +1,103 @@
+"""`svdrr train` in two processes is `svdrr train` in one, but for the order in which gradients are summed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.e2e.test_train_resume import SVDRR, steps, toy  # noqa: F401 - a fixture
+from tests.svdrr.shards_for_tests import write_folder
+
+from svdrr.config import TrainConfig
+from svdrr.train import train
+
+RELATIVE = 1e-4
+"""Of a loss. Sums of two halves round at 1e-7, of which Adam, dividing gradients by their size, makes more where these
+are small: 1.3e-6 was seen. A wrong weight of a process's gradients changes the second loss by 1e-2."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As `launch` sees to: threads that wait for one another, beside other processes, are very slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("home") / "shards").parent
+
+
+def launch(home: Path, config: TrainConfig, out: str, *more: str) -> subprocess.Popen[str]:
+    (home / f"{out}.json").write_text(json.dumps(config.to_json()))
+    (home / "svdrr_of_this_test.py").write_text(SVDRR.replace("toy.json", f"{out}.json"))
+    group = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*group, "svdrr_of_this_test.py", "train", "--preset", "toy", "--out", out, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def values(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    found = {(line["stage"], line["step"]): line[name] for line in lines if name in line}
+    return list(found.values())
+
+
+def assert_close(one: Path, other: Path) -> None:
+    for name in ("loss", "gradient_norm", "validation_loss"):
+        assert values(one, name) == pytest.approx(values(other, name), rel=RELATIVE), name
+    ours, theirs = (load_file(run / "model/transformer/diffusion_pytorch_model.safetensors") for run in (one, other))
+    for name, tensor in ours.items():
+        # a weight whose gradient is all rounding may go either way, by a step's learning rate of 6e-3 at most
+        assert (tensor - theirs[name]).abs().mean() < 1e-4, name
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(toy: TrainConfig, home: Path) -> None:  # noqa: F811
+    """Each has all weights; and, stopped in between and gone on with by one process, each has half of every weight."""
+    toy = replace(toy, vae=replace(toy.vae, steps=6), validate_every=5)
+    toy = replace(toy, stages=tuple(replace(stage, steps=12) for stage in toy.stages))
+    alone = train(toy, home / "shards", home / "alone")
+    both = launch(home, toy, "both")
+    words = both.communicate()[1]
+    assert both.returncode == 0, words
+    assert_close(home / "both", alone)
+
+    spread = replace(toy, spread_weights=True)
+    stopped = launch(home, spread, "spread")
+    while ("16px", 4) not in steps(home / "spread"):
+        assert stopped.poll() is None, stopped.communicate()[1]
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    words = stopped.communicate()[1]
+    assert stopped.returncode != 0
+    assert words.count("stopped by SIGTERM, saved at stage") == 1, words
+    assert not (home / "spread/model").exists()
+    train(spread, home / "shards", home / "spread")
+    assert_close(home / "spread", alone)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once(toy: TrainConfig, home: Path) -> None:  # noqa: F811
+    for more, cure in [
+        (["--shards", "nowhere"], "give --shards the folder"),
+        (["--stage", "8px"], "--stage is one of"),
+    ]:
+        wrong = launch(home, toy, "wrong", *more)
+        words = wrong.communicate()[1]
+        assert wrong.returncode != 0
+        assert words.count(cure) == 1, words
+        assert "Traceback" not in words.split("torch.distributed.elastic")[0], words
+    odd = replace(toy, stages=tuple(replace(stage, batch=3) for stage in toy.stages))
+    words = launch(home, odd, "odd").communicate()[1]
+    assert "batches of 3, which 2 processes cannot share evenly" in words
