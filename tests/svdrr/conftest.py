@@ -51,6 +51,7 @@ def tiny() -> TrainConfig:
             StageConfig(size=32, steps=5, batch=2, learning_rate=1e-3, shift=2.0),
         ),
         pa_fraction=0.5,
+        augment_fraction=0.5,
         drop_source=0.1,
         warmup_steps=2,
         weight_decay=0.01,

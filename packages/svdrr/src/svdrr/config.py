@@ -75,6 +75,7 @@ class TrainConfig:
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     pa_fraction: float  # of the source views; the others are any view
+    augment_fraction: float  # of the sources, which are then encoded anew each time; 0 is off
     drop_source: float  # fraction of samples trained on the null condition, for guidance
     warmup_steps: int  # of every stage
     weight_decay: float

@@ -23,12 +23,13 @@ _ZSTD = 32015
 class Shard:
     """All views of one patient volume. Holds no file handle: `images` opens the file, reads and closes it.
 
-    azimuth_deg, elevation_deg: [V]. levels: sides of the stored images in pixels, largest first. digest: SHA-256 of
-    what the file shows (images by their checksums, whether it has marks of truncation, which have no checksum, angles,
-    distances, patient), not of how it is stored.
+    kind: `rendered` or `synthesised`. azimuth_deg, elevation_deg: [V]. levels: sides of the stored images in pixels,
+    largest first. digest: SHA-256 of what the file shows (images by their checksums, whether it has marks of
+    truncation, which have no checksum, angles, distances, patient), not of how it is stored.
     """
 
     path: Path
+    kind: str
     patient_id: str
     azimuth_deg: NDArray[np.float64]
     elevation_deg: NDArray[np.float64]
@@ -157,6 +158,7 @@ def _checked(path: Path, file: h5py.File) -> Shard:
             digest.update(b"truncation")
     return Shard(
         path=path,
+        kind=str(_attribute(file, "kind")),
         patient_id=patient_id,
         azimuth_deg=azimuth[:],
         elevation_deg=elevation[:],

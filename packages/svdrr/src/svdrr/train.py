@@ -21,13 +21,24 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from svdrr import flow, metrics, pixart
+from svdrr import flow, metrics, pixart, validation
 from svdrr import vae as autoencoder
 from svdrr.checkpoint import Checkpoint, latest, restore, save, state
 from svdrr.config import StageConfig, TrainConfig
-from svdrr.data import Batch, draw_pairs, gather, step_seed, training_shards
+from svdrr.data import (
+    Batch,
+    Draws,
+    Read,
+    draw_augmentations,
+    draw_noise,
+    draw_pairs,
+    encode_batch,
+    read_batch,
+    step_seed,
+    training_shards,
+)
 from svdrr.errors import InputError
-from svdrr.latents import Reader, cached, online
+from svdrr.latents import Reader, cached, read_images
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline, scheduler
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
@@ -144,15 +155,21 @@ def train_vae(session: Session, checkpoint: Checkpoint | None) -> AutoencoderKL:
     settings, device = session.config.vae, session.accelerator.device
     sizes = [stage.size for stage in session.config.stages]
 
-    def loss_at(model: nn.Module, step: int) -> Tensor:
+    def batch_at(step: int, rows: slice) -> Tensor:
         seed = step_seed(session.config.seed, VAE_STAGE, step)
-        generator = torch.Generator().manual_seed(seed)
-        size = sizes[step % len(sizes)]
-        row, column = torch.randint(max(1, size - settings.crop + 1), (2,), generator=generator).tolist()
-        views = any_images(session.train_shards, size, settings.batch, seed).to(device)
-        batch = views[..., row : row + settings.crop, column : column + settings.crop]
+        return any_images(session.train_shards, sizes[step % len(sizes)], settings.batch, seed, rows)
+
+    def losses(model: nn.Module, images: Tensor, step: int, rows: slice) -> Tensor:
+        generator = torch.Generator().manual_seed(step_seed(session.config.seed, VAE_STAGE, step))
+        most = max(1, images.shape[-1] - settings.crop + 1)
+        row, column = torch.randint(most, (2,), generator=generator).tolist()
+        crop = images[..., row : row + settings.crop, column : column + settings.crop].to(device)
         weights = settings.kl_weight, settings.gradient_weight, settings.equivariance_weight
-        return autoencoder.loss(model, batch, *weights, generator).mean()
+        return autoencoder.loss(model, crop, *weights, generator, settings.batch, rows)
+
+    def loss_at(model: nn.Module, step: int) -> Tensor:
+        rows = slice(0, settings.batch)
+        return losses(model, batch_at(step, rows), step, rows).mean()
 
     torch.manual_seed(step_seed(session.config.seed, VAE_STAGE, -1))
     vae = autoencoder.build(settings.latent_channels, settings.block_channels, settings.layers_per_block)
@@ -184,11 +201,10 @@ def keep_vae(session: Session, vae: AutoencoderKL) -> None:
         vae.save_pretrained(partial)
 
 
-def any_images(shards: Sequence[Shard], size: int, count: int, seed: int) -> Tensor:
-    """Line integrals [count, 1, size, size] of views drawn from all, patients equally often."""
-    pairs = draw_pairs(shards, count, pa_fraction=0, seed=seed)
-    views = [shards[s].images(size, [v]) for s, v in zip(pairs.shard, pairs.target, strict=True)]
-    return torch.from_numpy(np.stack(views))
+def any_images(shards: Sequence[Shard], size: int, count: int, seed: int, rows: slice = slice(None)) -> Tensor:
+    """Line integrals [B, 1, size, size]: B rows of `count` views drawn from all, patients equally often."""
+    pairs = draw_pairs(shards, count, pa_fraction=0, seed=seed).rows(rows)
+    return torch.from_numpy(read_images(shards, size, pairs.shard, pairs.target))[:, None]
 
 
 def untrained(config: TrainConfig) -> ViewTransformer:
@@ -235,29 +251,45 @@ def train_stage(
     def check() -> None:
         session.stop.check(f"the latents of {stage.name}")
 
-    def latents(shards: list[Shard]) -> Reader:
+    def stored(shards: list[Shard]) -> Reader | None:
         if not config.cache_latents:
-            return online(shards, stage.size, encode)
+            return None
         return cached(shards, stage.size, encode, vae_digest, session.run.latents, check)
 
-    vae_digest = autoencoder.digest(vae)
-    train_data = (session.train_shards, latents(session.train_shards))
-    val_data = (session.val_shards, latents(session.val_shards))
+    vae_digest, side = autoencoder.digest(vae), stage.size // autoencoder.cell(vae)
+    train_stored, val_stored = stored(session.train_shards), stored(session.val_shards)
+
+    def batch_at(step: int, rows: slice) -> Read:
+        seed = step_seed(config.seed, stage.name, step)
+        pairs = draw_pairs(session.train_shards, stage.batch, config.pa_fraction, seed).rows(rows)
+        augmentations = draw_augmentations(stage.batch, config.augment_fraction, seed)[rows]
+        return read_batch(session.train_shards, train_stored, pairs, augmentations, stage.size, side)
+
+    def losses(model: nn.Module, read: Read, step: int, rows: slice) -> Tensor:
+        batch = encode_batch(read, encode, stage.size, config.model.absolute_pose, device)
+        seed = step_seed(config.seed, stage.name, step)
+        draws = draw_noise(stage.batch, batch.target_latent.shape[1:], config.drop_source, seed)
+        return pair_loss(model, batch, draws.rows(rows), config.model.prediction, stage.shift)
 
     def loss_at(model: nn.Module, step: int) -> Tensor:
-        seed = step_seed(config.seed, stage.name, step)
-        pairs = draw_pairs(session.train_shards, stage.batch, config.pa_fraction, seed)
-        batch = gather(*train_data, pairs, stage.size, config.model.absolute_pose, device)
-        generator = torch.Generator().manual_seed(seed)
-        return pair_loss(model, batch, config.model.prediction, stage.shift, config.drop_source, generator)
+        rows = slice(0, stage.batch)
+        return losses(model, batch_at(step, rows), step, rows).mean()
 
-    def validate(model: nn.Module) -> float:
-        seed = step_seed(config.seed, "validation", 0)
-        pairs = draw_pairs(session.val_shards, config.validation_pairs, config.pa_fraction, seed)
-        batch = gather(*val_data, pairs, stage.size, config.model.absolute_pose, device)
-        generator = torch.Generator().manual_seed(seed)
-        return pair_loss(model, batch, config.model.prediction, stage.shift, 0, generator).item()
+    val_seed = step_seed(config.seed, "validation", 0)
 
+    def validation_losses(model: nn.Module, rows: slice) -> Tensor:
+        pairs = fixed.pairs.rows(rows)
+        read = read_batch(session.val_shards, val_stored, pairs, [None] * len(pairs.shard), stage.size, side)
+        batch = encode_batch(read, encode, stage.size, config.model.absolute_pose, device)
+        draws = draw_noise(config.validation_pairs, batch.target_latent.shape[1:], 0.0, val_seed)
+        draws = draws._replace(quantile=fixed.quantile)
+        return pair_loss(model, batch, draws.rows(rows), config.model.prediction, stage.shift)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        return validation.by_angle(validation_losses(model, slice(None)), fixed.bin)
+
+    if session.val_shards:
+        fixed = validation.fixed_pairs(session.val_shards, config.validation_pairs, config.pa_fraction, val_seed)
     return fit(
         session,
         stage.name,
@@ -270,16 +302,14 @@ def train_stage(
     )
 
 
-def pair_loss(
-    model: nn.Module, batch: Batch, prediction: str, shift: float, drop_source: float, generator: torch.Generator
-) -> Tensor:
-    """The loss on a batch of pairs, with noise, noise levels and dropped sources drawn from the generator."""
-    latents = batch.target_latent
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    noised = flow.OBJECTIVES[prediction].noised(latents, noise, shift, generator)
-    drop = (torch.rand(len(latents), generator=generator) < drop_source).to(latents.device)
-    predicted = model(noised.latents, noised.timestep, **batch.condition, drop_source=drop)
-    return flow.loss(predicted, noised.target).mean()
+def pair_loss(model: nn.Module, batch: Batch, draws: Draws, prediction: str, shift: float) -> Tensor:
+    """The loss of each pair of a batch, [B]; what is truncated of its target does not count."""
+    latents, objective = batch.target_latent, flow.OBJECTIVES[prediction]
+    noise, quantile, drop = (values.to(latents.device) for values in draws)
+    timestep = objective.timestep(quantile, shift)
+    noised = objective.noised(latents, noise, timestep)
+    predicted = model(noised.latents, timestep, **batch.condition, drop_source=drop)
+    return flow.loss(predicted, noised.target, 1 - batch.target_truncated)
 
 
 def fit(
@@ -290,7 +320,7 @@ def fit(
     model: Network,
     checkpoint: Checkpoint | None,
     loss_at: Callable[[nn.Module, int], Tensor],
-    validate: Callable[[nn.Module], float] | None,
+    validate: Callable[[nn.Module], dict[str, float]] | None,
 ) -> Network:
     """The loop: from `model`, or from the checkpoint where it is of this stage, to the end. Returns the average."""
     config, run, accelerator = session.config, session.run, session.accelerator
@@ -337,7 +367,7 @@ def fit(
         # validate
         if validate and (done % config.validate_every == 0 or done == steps):
             with torch.no_grad():
-                run.log(stage=name, step=done, validation_loss=validate(ema))
+                run.log(stage=name, step=done, **validate(ema))
 
         # checkpoint
         if done % config.checkpoint_every == 0 or done == steps or session.stop.reason:
