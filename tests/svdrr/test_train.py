@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
@@ -247,6 +248,28 @@ def test_a_loss_that_is_no_number_stops_with_stage_and_step(tiny: TrainConfig, s
     wild = replace(tiny, vae=replace(tiny.vae, learning_rate=1e30))
     with pytest.raises(InputError, match=r"at stage vae, step \d; .*lower learning rate"):
         train(wild, shards, tmp_path / "run")
+
+
+def test_a_damaged_shard_is_named_and_the_run_goes_on_once_it_is_whole(
+    tiny: TrainConfig,
+    shards: Path,
+    unbroken: Callable[[TrainConfig], Path],
+    make_shards: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """One bit of one image. What was taken away for good makes another run."""
+    folder, run = make_shards(), tmp_path / "run"
+    whole = (folder / "P-03.h5").read_bytes()
+    with h5py.File(folder / "P-03.h5", "r+") as file:
+        file["images/16"][2, 8, 8] ^= 1
+    with pytest.raises(InputError, match=r"P-03.h5: image 2 of level 16 fails its checksum: delete it"):
+        train(tiny, folder, run)
+    (folder / "P-03.h5").unlink()
+    with pytest.raises(InputError, match=r"its shards are .*: give another --out"):
+        train(tiny, folder, run)
+    (folder / "P-03.h5").write_bytes(whole)
+    train(tiny, folder, run)
+    assert_same(run, unbroken(tiny))
 
 
 def test_a_second_trainer_in_the_same_run_is_refused(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
