@@ -1,16 +1,16 @@
-"""How many pairs per second training sees, with cached latents and with those that are encoded online, in one run.
+"""What a training step costs and what of it is reading, with cached latents and with images that it encodes itself.
 
-    python tests/benchmarks/latents.py SHARDS [--batches 20] [--vae PATH_OR_HUB_ID]
+    python tests/benchmarks/latents.py SHARDS [--preset toy] [--stages 2] [--batch 16] [--vae PATH]
 
-Seconds are those of one core, so that other work on the machine does not count. "read" is a batch of latents alone,
-"step" a whole training step of the preset's model on it: read, loss, gradient. The autoencoder is untrained: its time
-does not depend on its weights. Both ways take turns, with the same pairs.
+Seconds are those of one core, so that other work on the machine does not count. "read" is phase one of a batch, which
+the loop leaves to another thread; "step" is all of it: read, encode what is still an image, loss, gradient. The
+autoencoder is untrained: its time does not depend on its weights. All ways take turns, with the same pairs.
 """
 
 import argparse
+import functools
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from svdrr import presets
 from svdrr import vae as autoencoder
-from svdrr.data import draw_pairs, gather
-from svdrr.latents import Reader, cached, online
+from svdrr.data import draw_augmentations, draw_noise, draw_pairs, encode_batch, read_batch
+from svdrr.latents import cached
 from svdrr.shards import open_folder
 from svdrr.train import any_images, fitting_vae, pair_loss, untrained
 
@@ -31,6 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shards", type=Path)
     parser.add_argument("--preset", default="toy")
+    parser.add_argument("--stages", type=int, help="so many of the preset's, from the first on; all by default")
+    parser.add_argument("--batch", type=int, help="instead of the preset's, where that takes too long here")
     parser.add_argument("--vae")
     parser.add_argument("--batches", type=int, default=20)
     options = parser.parse_args()
@@ -43,44 +45,46 @@ def main() -> None:
         vae = fitting_vae(options.vae, config)
     vae.requires_grad_(False)
     autoencoder.measure_latents(vae, any_images(shards, config.stages[0].size, 4, seed=0).split(1))
+    encode = functools.partial(autoencoder.encode, vae)
 
-    def encode(images: Tensor) -> Tensor:
-        return autoencoder.encode(vae, images)
-
-    print("| size | batch | what | cached, pairs/s | online, pairs/s | ratio |\n|---|---|---|---|---|---|")
+    print("| size | batch | views | read, ms a pair | step, ms a pair | pairs/s | read / step |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for stage in config.stages:
+        for stage in config.stages[: options.stages]:
             model = untrained(replace(config, stages=(stage,)))
-            readers = cached(shards, stage.size, encode, "vae", Path(folder)), online(shards, stage.size, encode)
-
-            def read(reader: Reader, seed: int, stage=stage) -> None:
-                pairs = draw_pairs(shards, stage.batch, config.pa_fraction, seed)
-                gather(shards, reader, pairs, stage.size, True, CPU)
-
-            def step(reader: Reader, seed: int, stage=stage, model=model) -> None:
-                pairs = draw_pairs(shards, stage.batch, config.pa_fraction, seed)
-                batch = gather(shards, reader, pairs, stage.size, True, CPU)
-                generator = torch.Generator().manual_seed(seed)
-                pair_loss(model, batch, config.model.prediction, stage.shift, config.drop_source, generator).backward()
-
-            for work in (read, step):
-                rates = [options.batches * stage.batch / seconds for seconds in measure(work, readers, options.batches)]
+            batch = options.batch or stage.batch
+            stored = cached(shards, stage.size, encode, "vae", Path(folder))
+            ways = {
+                "cached": (stored, 0.0),
+                "cached, half of the sources augmented": (stored, 0.5),
+                "images": (None, 0.0),
+                "images, half of the sources augmented": (None, 0.5),
+            }
+            seconds = {name: [0.0, 0.0] for name in ways}
+            for seed in range(options.batches + 1):
+                for name, (reader, fraction) in ways.items():
+                    begin = time.thread_time()
+                    pairs = draw_pairs(shards, batch, config.pa_fraction, seed)
+                    augmentations = draw_augmentations(batch, fraction, seed)
+                    side = stage.size // autoencoder.cell(vae)
+                    read = read_batch(shards, reader, pairs, augmentations, stage.size, side)
+                    middle = time.thread_time()
+                    loss(model, encode_batch(read, encode, stage.size, True, CPU), config, stage, seed).backward()
+                    end = time.thread_time()
+                    if seed:  # the first does not count
+                        seconds[name][0] += middle - begin
+                        seconds[name][1] += end - begin
+            for name, spent in seconds.items():
+                reading, step = (1000 * one / batch / options.batches for one in spent)
                 print(
-                    f"| {stage.size} | {stage.batch} | {work.__name__} | {rates[0]:.0f} | {rates[1]:.0f} | "
-                    f"{rates[0] / rates[1]:.1f} |"
+                    f"| {stage.size} | {batch} | {name} | {reading:.3f} | {step:.1f} | {1000 / step:.1f} | "
+                    f"{100 * reading / step:.1f} % |"
                 )
 
 
-def measure(work: Callable[[Reader, int], None], readers: tuple[Reader, ...], batches: int) -> list[float]:
-    """Seconds of this many batches by each reader, after one that does not count."""
-    seconds = [0.0] * len(readers)
-    for seed in range(batches + 1):
-        for index, reader in enumerate(readers):
-            begin = time.thread_time()
-            work(reader, seed)
-            if seed:
-                seconds[index] += time.thread_time() - begin
-    return seconds
+def loss(model: torch.nn.Module, batch, config, stage, seed: int) -> Tensor:
+    draws = draw_noise(len(batch.target_latent), batch.target_latent.shape[1:], config.drop_source, seed)
+    return pair_loss(model, batch, draws, config.model.prediction, stage.shift).mean()
 
 
 if __name__ == "__main__":

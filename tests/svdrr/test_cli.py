@@ -1,6 +1,8 @@
 """The commands as typed: one line and exit code 2 for every mistake, and a picture at the end."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -77,6 +80,13 @@ def test_mistakes_are_one_line_and_exit_code_2(
     typed: Callable[..., Typed], make_shards: Callable[..., Path], tmp_path: Path
 ) -> None:
     make_shards(patients=3, levels=(128, 64)).rename(tmp_path / "more shards")
+    for name, change in (
+        ("mixed", lambda file: file["views"].attrs.__setitem__("sdd_mm", 1500.0)),
+        ("synthesised", lambda file: file.attrs.__setitem__("kind", "synthesised")),
+    ):
+        shutil.copytree(tmp_path / "more shards", tmp_path / name)
+        with h5py.File(tmp_path / name / "P-02.h5", "r+") as file:
+            change(file)
     make_shards(patients=1)
     (tmp_path / "a file").touch()
     (tmp_path / "empty").mkdir()
@@ -87,6 +97,8 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["train", "--shards", "empty"], "no shard (*.h5) in empty"),
         (["train", "--shards", "broken"], "broken/x.h5 is not a readable HDF5 file"),
         (["train", "--shards", "shards"], "one patient only (P-00)"),
+        (["train", "--shards", "mixed"], "mixed/P-00.h5 has SDD 1800 mm and mixed/P-02.h5 1500 mm"),
+        (["train", "--shards", "synthesised"], "synthesised/P-02.h5 is synthesised"),
         (["train", "--preset", "huge"], "--preset is one of toy, small, base, svdrr-xl"),
         (["train", "--preset", "svdrr-xl"], "needs a frozen CLIP encoder"),
         (["train", "--shards", "more shards", "--out", "a file/run"], "Not a directory"),
@@ -100,6 +112,19 @@ def test_mistakes_are_one_line_and_exit_code_2(
         assert result.err.startswith("svdrr: ")
         assert result.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_shard_found_damaged_midway_is_one_line_and_exit_code_2(
+    typed: Callable[..., Typed], make_shards: Callable[..., Path]
+) -> None:
+    """The first training patient's smaller images, which the autoencoder begins with; above the line is its bar."""
+    with h5py.File(make_shards(patients=3, levels=(128, 64)) / "P-00.h5", "r+") as file:
+        file["images/64"][:] += 1
+    result = typed("train", "--shards", "shards")
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    last = result.err.splitlines()[-1]
+    assert re.search(r"svdrr: shards/P-00.h5: image \d of level 64 fails its checksum: delete it and give", last)
 
 
 def test_wrong_usage_is_exit_code_2_without_a_trace(tmp_path: Path) -> None:

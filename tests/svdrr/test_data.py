@@ -3,14 +3,27 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from svdrr.data import draw_pairs, gather, split, step_seed, training_shards
+from svdrr.augment import augmented
+from svdrr.data import (
+    Batch,
+    Pairs,
+    draw_augmentations,
+    draw_noise,
+    draw_pairs,
+    encode_batch,
+    read_batch,
+    split,
+    step_seed,
+    training_shards,
+)
 from svdrr.errors import InputError
-from svdrr.latents import Latents
-from svdrr.shards import open_folder
+from svdrr.latents import Latents, Reader, cached
+from svdrr.shards import Shard, open_folder
 
 
 def test_the_split_is_that_of_the_document() -> None:
@@ -74,15 +87,25 @@ def test_patients_are_seen_equally_often_and_pa_as_often_as_asked(shards: Path) 
     assert np.mean(pairs.target == pa) == pytest.approx(1 / views, abs=0.024)
 
 
+def encode(images: torch.Tensor) -> torch.Tensor:
+    """Every 4th pixel, of which a latent has two channels."""
+    return images[..., ::4, ::4].expand(-1, 2, -1, -1)
+
+
+def a_batch(opened: list[Shard], stored: Reader | None, pairs: Pairs, augmentations: list) -> Batch:
+    read = read_batch(opened, stored, pairs, augmentations, 32, 8)
+    return encode_batch(read, encode, 32, True, torch.device("cpu"))
+
+
 def test_a_batch_holds_the_latents_and_the_rays_of_its_pairs(shards: Path) -> None:
     opened = open_folder(shards)
 
-    def read(shard: np.ndarray, view: np.ndarray) -> Latents:
+    def stored(shard: np.ndarray, view: np.ndarray) -> Latents:
         known = torch.tensor(2 * shard + view / 16).float()[:, None, None]
         return Latents(known[:, None].expand(-1, 2, 8, 8), (known / 100).expand(-1, 8, 8))
 
     pairs = draw_pairs(opened, 5, 0.5, seed=3)
-    batch = gather(opened, read, pairs, 32, True, torch.device("cpu"))
+    batch = a_batch(opened, stored, pairs, [None] * 5)
     assert torch.equal(batch.target_truncated, batch.target_latent[:, 0] / 100)
     assert torch.equal(batch.target_latent[:, 0, 0, 0], torch.tensor(2 * pairs.shard + pairs.target / 16).float())
     source = batch.condition["source_latent"]
@@ -91,3 +114,64 @@ def test_a_batch_holds_the_latents_and_the_rays_of_its_pairs(shards: Path) -> No
     same = pairs.source == pairs.target
     rays = [batch.condition[name] for name in ("source_rays", "target_rays")]
     assert [torch.equal(a, b) for a, b in zip(*rays, strict=True)] == same.tolist()
+
+
+def test_augmented_sources_are_encoded_and_nothing_else_is_touched(shards: Path, tmp_path: Path) -> None:
+    """Rows 1 and 4 of five; from the cache and, bit for bit but for its 16 bits (2^-11), without one."""
+    opened = open_folder(shards)[:3]
+    stored = cached(opened, 32, encode, "vae", tmp_path)
+    pairs = draw_pairs(opened, 5, 0.5, seed=3)
+    plain = a_batch(opened, stored, pairs, [None] * 5)
+    for reader, tolerance in ((stored, 0), (None, 2**-11)):
+        rngs = [np.random.default_rng(row) if row in (1, 4) else None for row in range(5)]
+        batch = a_batch(opened, reader, pairs, rngs)
+        assert torch.allclose(batch.target_latent, plain.target_latent, rtol=tolerance, atol=tolerance)
+        rows = zip(batch.condition["source_latent"], plain.condition["source_latent"], strict=True)
+        for row, (source, before) in enumerate(rows):
+            if row in (1, 4):
+                view = opened[pairs.shard[row]].images(32, [pairs.source[row]])[0]
+                changed = torch.from_numpy(augmented(view, np.random.default_rng(row)))
+                assert torch.equal(source, encode(changed[None, None])[0])
+                assert not torch.allclose(source, before, atol=0.01)
+            else:
+                assert torch.allclose(source, before, rtol=tolerance, atol=tolerance)
+
+
+def test_a_row_is_the_same_whoever_computes_it(shards: Path, tmp_path: Path) -> None:
+    """Six rows at once and as two and four: every tensor of the batch, and all that is drawn besides."""
+    opened = open_folder(shards)[:3]
+    stored = cached(opened, 32, encode, "vae", tmp_path)
+
+    def tensors(rows: slice) -> list[torch.Tensor]:
+        pairs = draw_pairs(opened, 6, 0.5, seed=3).rows(rows)
+        batch = a_batch(opened, stored, pairs, draw_augmentations(6, 0.5, seed=3)[rows])
+        draws = draw_noise(6, (2, 8, 8), 0.5, seed=3).rows(rows)
+        return [batch.target_latent, batch.target_truncated, *batch.condition.values(), *draws]
+
+    for whole, first, last in zip(*map(tensors, (slice(6), slice(2), slice(2, 6))), strict=True):
+        assert torch.equal(whole, torch.cat([first, last]))
+
+
+def test_sources_are_augmented_as_often_as_asked() -> None:
+    """4000 draws: three standard deviations of a share of 0.3 are 0.022. One more row changes none before it."""
+    chosen = [rng is not None for rng in draw_augmentations(4000, 0.3, seed=0)]
+    assert np.mean(chosen) == pytest.approx(0.3, abs=0.022)
+    assert [rng is not None for rng in draw_augmentations(10, 0.3, seed=0)] == chosen[:10]
+    assert draw_augmentations(3, 0.0, seed=0) == [None] * 3
+
+
+def test_synthesised_shards_and_a_second_geometry_are_refused(make_shards: Callable[..., Path]) -> None:
+    folder = make_shards(patients=4)
+    training_shards(open_folder(folder))
+    with h5py.File(folder / "P-03.h5", "r+") as file:
+        file["views"].attrs["sod_mm"] = 1500.0
+    with pytest.raises(InputError, match=r"P-00.h5 has SOD 1640 mm and .*P-03.h5 1500 mm: .* render one of them again"):
+        training_shards(open_folder(folder))
+    with h5py.File(folder / "P-03.h5", "r+") as file:
+        file.attrs["kind"] = "synthesised"
+    with pytest.raises(InputError, match=r"P-03.h5 is synthesised, and a model learns from rendered views: move it"):
+        training_shards(open_folder(folder))
+    (folder / "splits.json").write_text(
+        '{"rule": "x", "patients": {"P-00": "train", "P-01": "val", "P-02": "val", "P-03": "test"}}'
+    )
+    training_shards(open_folder(folder))

@@ -26,17 +26,31 @@ def test_the_true_velocity_leads_the_scheduler_to_the_data() -> None:
 
 def test_the_loss_is_zero_at_the_target_and_its_square_beside_it() -> None:
     target = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(flow.loss(target, target), torch.zeros(4))
-    assert flow.loss(target + 3, target) == pytest.approx(torch.full((4,), 9.0), rel=1e-5)
+    everywhere = torch.ones(4, 8, 8)
+    assert torch.equal(flow.loss(target, target, everywhere), torch.zeros(4))
+    assert flow.loss(target + 3, target, everywhere) == pytest.approx(torch.full((4,), 9.0), rel=1e-5)
+
+
+def test_the_loss_is_the_mean_over_the_cells_by_their_weights() -> None:
+    """Errors 1, 2, 3 and 100 in a row, of weights 1, 1/2, 1/2 and 0; a sample without weight has no loss and no nan."""
+    error = torch.tensor([1.0, 2.0, 3.0, 100.0]).expand(2, 3, 1, 4).clone().requires_grad_()
+    weight = torch.tensor([[[1.0, 0.5, 0.5, 0.0]], [[0.0, 0.0, 0.0, 0.0]]])
+    losses = flow.loss(error, torch.zeros_like(error), weight)
+    assert losses.tolist() == pytest.approx([(1 + 4 / 2 + 9 / 2) / 2, 0])
+    losses.sum().backward()
+    assert error.grad.isfinite().all()
+    assert (error.grad[0, :, 0, 3] == 0).all()
+    assert (error.grad[1] == 0).all()
 
 
 def test_noise_levels_are_logit_normal_and_shift_as_the_scheduler_does() -> None:
     """20000 draws: the median of a logit-normal is 1/2, and 68.3 % lie within one standard deviation."""
-    plain = flow.draw_sigmas(20000, 1.0, torch.Generator().manual_seed(0))
+    quantile = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    plain = flow.velocity_timestep(quantile, 1.0) / NUM_TIMESTEPS
     assert plain.median().item() == pytest.approx(0.5, abs=0.01)
     within = (plain.logit().abs() < 1).float().mean().item()
     assert within == pytest.approx(0.683, abs=0.01)
-    shifted = flow.draw_sigmas(20000, 3.0, torch.Generator().manual_seed(0))
+    shifted = flow.velocity_timestep(quantile, 3.0) / NUM_TIMESTEPS
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=plain[:5].tolist())
     assert torch.allclose(scheduler.sigmas[:5], shifted[:5], atol=1e-6)
@@ -44,28 +58,26 @@ def test_noise_levels_are_logit_normal_and_shift_as_the_scheduler_does() -> None
 
 @pytest.mark.parametrize("prediction", OBJECTIVES)
 def test_a_task_is_a_point_of_the_path_and_what_leads_back(prediction: str) -> None:
-    """With the same seed, noise alone and data alone pass through the same points: the path is linear in both."""
+    """Noise alone and data alone pass through the same points: the path is linear in both."""
     data, noise = torch.randn(2, 5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros_like(data)
 
-    def task(data: torch.Tensor, noise: torch.Tensor) -> flow.Noised:
-        levels = OBJECTIVES[prediction].levels(5, 2.0, torch.Generator().manual_seed(1))
-        return OBJECTIVES[prediction].noised(data, noise, levels)
-
-    both, of_data, of_noise = task(data, noise), task(data, nothing), task(nothing, noise)
-    assert torch.equal(both.timestep, of_data.timestep)
+    timestep = OBJECTIVES[prediction].timestep(torch.tensor([0.0, 0.1, 0.5, 0.9, 1 - 2**-24]), 2.0)
+    noised = OBJECTIVES[prediction].noised
+    both, of_data, of_noise = (noised(*ends, timestep) for ends in ((data, noise), (data, nothing), (nothing, noise)))
     assert torch.allclose(both.latents, of_data.latents + of_noise.latents, atol=1e-6)
     assert torch.allclose(both.target, of_data.target + of_noise.target, atol=1e-6)
-    assert ((both.timestep >= 0) & (both.timestep <= NUM_TIMESTEPS)).all()
+    assert ((timestep >= 0) & (timestep <= NUM_TIMESTEPS)).all()
+    assert timestep.tolist() == sorted(timestep.tolist())
 
 
 @pytest.mark.parametrize("prediction", OBJECTIVES)
 def test_the_linear_guess_is_that_of_least_squares(prediction: str) -> None:
     """Against 100,000 samples of unit variance at each of five noise levels; standard errors are about 3e-3."""
     data, noise = torch.randn(2, 5, 100_000, generator=torch.Generator().manual_seed(0))
-    levels = OBJECTIVES[prediction].levels(5, 1.0, torch.Generator().manual_seed(1))
-    noised = OBJECTIVES[prediction].noised(data, noise, levels)
-    slope, spread = OBJECTIVES[prediction].linear_guess(noised.timestep)
+    timestep = OBJECTIVES[prediction].timestep(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]), 1.0)
+    noised = OBJECTIVES[prediction].noised(data, noise, timestep)
+    slope, spread = OBJECTIVES[prediction].linear_guess(timestep)
     x, target = noised.latents, noised.target
     assert torch.allclose(slope, (x * target).mean(1) / x.square().mean(1), atol=0.02)
     assert torch.allclose(spread, (target - slope[:, None] * x).std(1), atol=0.02)
@@ -107,6 +119,7 @@ def test_the_ideal_denoiser_of_a_gaussian_gives_the_gaussian(prediction: str) ->
 
 def test_the_diffusion_draws_every_whole_timestep_equally_often() -> None:
     """20,000 draws, of which a tenth falls into each tenth, +- 2 % of all being nine standard errors."""
-    timestep = OBJECTIVES["epsilon"].levels(20_000, 5.0, torch.Generator().manual_seed(0))
+    quantile = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    timestep = OBJECTIVES["epsilon"].timestep(quantile, 5.0)
     assert (timestep.dtype, timestep.min(), timestep.max()) == (torch.int64, 0, 999)
     assert torch.allclose(timestep.float().histc(10, 0, 1000) / 20_000, torch.tensor(0.1), atol=0.02)

@@ -1,4 +1,4 @@
-"""The cache encodes once per shard, autoencoder and level, never serves what is of another, and equals `online`."""
+"""The cache encodes once per shard, autoencoder and level, never serves what is of another, equals encoding anew."""
 
 import resource
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from svdrr import latents
 from svdrr import vae as autoencoder
 from svdrr.errors import InputError
-from svdrr.latents import Reader, cached, latent_path, online
+from svdrr.latents import Reader, cached, encoded, latent_path, read_images, read_truncated
 from svdrr.shards import Shard, open_folder
 
 
@@ -33,9 +33,12 @@ class Encoder:
         return images[..., ::4, ::4]
 
 
+SOME = np.array([1, 0, 1, 1, 1]), np.array([6, 0, 2, 3, 6])
+"""Five views of two shards, one of them twice."""
+
+
 def some(read: Reader) -> latents.Latents:
-    """Five views of two shards, one of them twice."""
-    return read(np.array([1, 0, 1, 1, 1]), np.array([6, 0, 2, 3, 6]))
+    return read(*SOME)
 
 
 def test_encodes_once_per_autoencoder_and_level(opened: list[Shard], tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_what_is_not_whole_does_not_count(opened: list[Shard], tmp_path: Path, m
     assert encoder.seen == sum(map(len, opened)) + 4 * len(opened[0])
 
 
-def test_equals_online_within_16_bits(opened: list[Shard], tmp_path: Path) -> None:
+def test_equals_what_is_encoded_anew_within_16_bits(opened: list[Shard], tmp_path: Path) -> None:
     """A real autoencoder. Half a unit of float16 is 2^-11 of the value; 1e-5 is for batches of another shape."""
     torch.manual_seed(0)
     vae = autoencoder.build(latent_channels=2, block_channels=(4, 8), layers_per_block=1)
@@ -121,7 +124,7 @@ def test_equals_online_within_16_bits(opened: list[Shard], tmp_path: Path) -> No
         return autoencoder.encode(vae, images)
 
     kept = some(cached(opened, 32, encode, autoencoder.digest(vae), tmp_path)).values
-    fresh = some(online(opened, 32, encode)).values
+    fresh = encoded(read_images(opened, 32, *SOME), encode)
     assert kept.dtype == fresh.dtype == torch.float32
     assert torch.allclose(kept, fresh, rtol=2**-11, atol=1e-5)
     assert not torch.equal(kept[0], kept[2])
@@ -140,7 +143,7 @@ def test_truncation_goes_along_as_the_share_of_each_cell(make_shards: Callable[.
     expected = torch.zeros(5, 4, 4)
     for row, view in ((0, 6), (2, 2), (3, 3), (4, 6)):
         expected[row, 3], expected[row, 2] = min(view, 4) / 4, max(view - 4, 0) / 4
-    assert torch.equal(some(online(opened, size, Encoder())).truncated, expected)
+    assert torch.equal(read_truncated(opened, size, 4, *SOME), expected)
     kept = some(cached(opened, size, Encoder(), "vae", tmp_path)).truncated
     assert torch.allclose(kept, expected, atol=0.5 / 255)  # kept in steps of 1/255
 

@@ -27,6 +27,22 @@ def test_ssim_is_1_for_the_same_and_low_for_noise() -> None:
     assert ssim(x, y) == pytest.approx(ssim(y, x))
 
 
+def test_pixels_that_do_not_count_change_nothing() -> None:
+    """Where both are the same but in a corner that is left out; SSIM leaves out every window that reaches into it."""
+    x = np.random.default_rng(0).uniform(0, 8, (2, 32, 32))
+    y, counts = x.copy(), np.ones((2, 32, 32), bool)
+    y[0, :10, :10] += 3
+    counts[0, :10, :10] = False
+    assert psnr(y, x, counts).tolist() == [np.inf, np.inf]
+    assert ssim(y, x, counts) == pytest.approx([1, 1])
+    assert ssim(y, x)[0] < 0.99
+    y[0, 20, 20] += 8
+    assert psnr(y, x, counts)[0] == pytest.approx(10 * np.log10(1024 - 100))
+    counts[0] = False
+    assert np.isnan([psnr(y, x, counts)[0], ssim(y, x, counts)[0]]).all()
+    assert psnr(y, x, counts)[1] == np.inf
+
+
 def test_ssim_is_that_of_the_definition() -> None:
     """One window written out: 11 x 11 Gaussian weights of sigma 1.5 around the only pixel that counts."""
     x, y = np.random.default_rng(1).uniform(0, 8, (2, 11, 11))

@@ -109,7 +109,9 @@ def test_refuses_a_damaged_image(a_shard: Path) -> None:
         file["images/32"][1, 5, 5] += 1
     shard = open_shard(a_shard)
     assert shard.images(32, [0]).shape == (1, 32, 32)
-    with pytest.raises(InputError, match="image 1 of level 32 fails its checksum: render it again"):
+    with pytest.raises(
+        InputError, match="image 1 of level 32 fails its checksum: delete it and give the same `drrgen render`"
+    ):
         shard.images(32)
 
 
@@ -136,5 +138,5 @@ def test_truncation_is_read_where_there_is_any(a_shard: Path) -> None:
     shard = open_shard(a_shard)
     assert np.array_equal(shard.truncation(32, [1, 0, 1]), marks[[1, 0, 1]])
     assert shard.digest != before.digest
-    with pytest.raises(InputError, match=r"truncation/16 is uint8 \(2, 16, 32\): render it again"):
+    with pytest.raises(InputError, match=r"truncation/16 is uint8 \(2, 16, 32\): delete it"):
         shard.truncation(16, [0])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
@@ -23,7 +24,7 @@ from svdrr.presets import preset
 from svdrr.shards import open_folder
 from svdrr.train import data_digest, train
 
-KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock", "tensorboard"}
+KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock", "tensorboard", "samples"}
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +278,28 @@ def test_rows_taken_one_at_a_time_are_the_same_batch(
     run = train(tiny, shards, tmp_path / "run", at_once=1)
     losses = [[line["loss"] for line in log(folder) if "loss" in line] for folder in (run, unbroken(tiny))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_damaged_shard_is_named_and_the_run_goes_on_once_it_is_whole(
+    tiny: TrainConfig,
+    shards: Path,
+    unbroken: Callable[[TrainConfig], Path],
+    make_shards: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """One bit of one image. What was taken away for good makes another run."""
+    folder, run = make_shards(), tmp_path / "run"
+    whole = (folder / "P-03.h5").read_bytes()
+    with h5py.File(folder / "P-03.h5", "r+") as file:
+        file["images/16"][2, 8, 8] ^= 1
+    with pytest.raises(InputError, match=r"P-03.h5: image 2 of level 16 fails its checksum: delete it"):
+        train(tiny, folder, run)
+    (folder / "P-03.h5").unlink()
+    with pytest.raises(InputError, match=r"its shards are .*: give another --out"):
+        train(tiny, folder, run)
+    (folder / "P-03.h5").write_bytes(whole)
+    train(tiny, folder, run)
+    assert_same(run, unbroken(tiny))
 
 
 def test_a_second_trainer_in_the_same_run_is_refused(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ class TrainConfig:
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     pa_fraction: float  # of the source views; the others are any view
+    augment_fraction: float  # of the sources, which are then encoded anew each time; 0 is off
     drop_source: float  # fraction of samples trained on the null condition, for guidance
     warmup_steps: int  # of every stage
     weight_decay: float
@@ -83,6 +84,7 @@ class TrainConfig:
     mixed_precision: str  # "no", "bf16" or "fp16"
     log_every: int
     validate_every: int
+    sample_every: int  # steps; so often views are synthesised for a look
     validation_pairs: int
     checkpoint_every: int
     keep_checkpoints: int

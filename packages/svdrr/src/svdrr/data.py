@@ -1,7 +1,14 @@
-"""Which patients are trained on, and which pairs of their views a training step sees; all of it repeatable."""
+"""Which patients are trained on, and what a training step sees of them; all of it repeatable.
+
+What is drawn for row i of a step's batch depends on nothing but the seed, the stage, the step and i: whichever process
+computes it, and however the batch is divided. A batch comes in two phases: `read_batch` reads, and may do so in
+another thread; `encode_batch` encodes what is still an image, on the device.
+"""
 
 import hashlib
+import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from svdrr.augment import augmented
 from svdrr.errors import InputError
-from svdrr.latents import Latents
+from svdrr.latents import Reader, encoded, read_images, read_truncated
 from svdrr.pose import Views
 from svdrr.shards import Shard
 from svdrr.transformer import condition
@@ -60,7 +68,7 @@ def _listed(shard: Shard, patients: dict | None) -> str:
 
 
 def training_shards(shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
-    """(train, val) shards. Raises InputError where there is nothing to train on, or nothing to hold out."""
+    """(train, val) shards. Raises InputError where there is nothing to train on or to hold out, or they do not fit."""
     patients = sorted({shard.patient_id for shard in shards})
     if len(patients) == 1:
         raise InputError(f"one patient only ({patients[0]}): a model is judged on others, so render more patients")
@@ -68,7 +76,25 @@ def training_shards(shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
     train = [shard for shard, name in zip(shards, of, strict=True) if name == "train"]
     if not train:
         raise InputError(f"none of the {len(patients)} patients falls into the training split: render more patients")
-    return train, [shard for shard, name in zip(shards, of, strict=True) if name == "val"]
+    val = [shard for shard, name in zip(shards, of, strict=True) if name == "val"]
+    for shard in train + val:
+        _require_trainable(shard, train[0])
+    return train, val
+
+
+def _require_trainable(shard: Shard, first: Shard) -> None:
+    """Raises InputError for a shard that was not rendered from a CT, or not in the geometry of the first."""
+    if shard.kind != "rendered":
+        raise InputError(
+            f"{shard.path} is {shard.kind}, and a model learns from rendered views: move it out of the folder"
+        )
+    for name, attribute in (("SDD", "sdd_mm"), ("SOD", "sod_mm"), ("detector", "detector_mm")):
+        here, there = getattr(shard, attribute), getattr(first, attribute)
+        if not math.isclose(here, there, rel_tol=1e-6):  # a detector is a product of pixels and their pitch
+            raise InputError(
+                f"{first.path} has {name} {there:g} mm and {shard.path} {here:g} mm: a model learns one geometry, "
+                "so render one of them again, or keep them in two folders"
+            )
 
 
 def step_seed(seed: int, stage: str, step: int) -> int:
@@ -82,6 +108,9 @@ class Pairs(NamedTuple):
     shard: NDArray[np.int64]
     source: NDArray[np.int64]
     target: NDArray[np.int64]
+
+    def rows(self, rows: slice) -> "Pairs":
+        return Pairs(*(indices[rows] for indices in self))
 
 
 def draw_pairs(shards: Sequence[Shard], count: int, pa_fraction: float, seed: int) -> Pairs:
@@ -103,6 +132,79 @@ def draw_pairs(shards: Sequence[Shard], count: int, pa_fraction: float, seed: in
     return pairs
 
 
+def draw_augmentations(count: int, fraction: float, seed: int) -> list[np.random.Generator | None]:
+    """For each of `count` rows what its source is augmented with; None where it is not, but in this fraction."""
+    rngs = [np.random.default_rng((seed, row)) for row in range(count)] if fraction else []
+    return [rng if rng.random() < fraction else None for rng in rngs] or [None] * count
+
+
+class Draws(NamedTuple):
+    """What is drawn for a batch besides its pairs, on the CPU.
+
+    noise: [B, C, h, w]. quantile: [B], 0 to 1, of the noise levels (see flow.Objective). drop: [B], whose source is
+    dropped.
+    """
+
+    noise: Tensor
+    quantile: Tensor
+    drop: Tensor
+
+    def rows(self, rows: slice) -> "Draws":
+        return Draws(*(values[rows] for values in self))
+
+
+def draw_noise(count: int, shape: Sequence[int], drop_source: float, seed: int) -> Draws:
+    """For `count` targets of the shape [C, h, w], of which this fraction goes without its source."""
+    generator = torch.Generator().manual_seed(seed)
+    return Draws(
+        noise=torch.randn(count, *shape, generator=generator),
+        quantile=torch.rand(count, generator=generator),
+        drop=torch.rand(count, generator=generator) < drop_source,
+    )
+
+
+class Read(NamedTuple):
+    """B pairs as they were read, on the CPU: of 2 B views, targets before sources, those in is_image [2B] as images.
+
+    latents: [2B - I, C, h, w] of the others. images: line integrals [I, N, N]. target_truncated: as in Batch.
+    """
+
+    latents: Tensor | None
+    images: NDArray[np.float32]
+    is_image: NDArray[np.bool_]
+    target_truncated: Tensor
+    source_views: Views
+    target_views: Views
+
+
+def read_batch(
+    shards: Sequence[Shard],
+    stored: Reader | None,
+    pairs: Pairs,
+    augmentations: Sequence[np.random.Generator | None],
+    size: int,
+    side: int,
+) -> Read:
+    """Phase one: everything about these pairs that disks know. Augmented sources are images, for no cache has them.
+
+    stored: reads latents (see svdrr.latents); None: all views are images. augmentations: as draw_augmentations gives
+    them, one per pair. size, side: of the images in pixels, of the latents in cells.
+    """
+    shard, view = np.tile(pairs.shard, 2), np.concatenate([pairs.target, pairs.source])
+    rngs = [None] * len(pairs.shard) + list(augmentations)
+    is_image = np.array([stored is None or rng is not None for rng in rngs])
+    images = read_images(shards, size, shard[is_image], view[is_image])
+    for image, rng in zip(images, itertools.compress(rngs, is_image), strict=True):
+        if rng is not None:
+            image[:] = augmented(image, rng)
+    if stored is None:
+        latents, truncated = None, read_truncated(shards, size, side, pairs.shard, pairs.target)
+    else:
+        latents, truncated = stored(shard[~is_image], view[~is_image])
+        truncated = truncated[: len(pairs.shard)]
+    return Read(latents, images, is_image, truncated, *(_views(shards, pairs.shard, v) for v in pairs[1:]))
+
+
 class Batch(NamedTuple):
     """What the transformer learns from: target latents [B, C, h, w], and its condition on source and poses.
 
@@ -118,29 +220,24 @@ class Batch(NamedTuple):
         return Batch(self.target_latent.to(device), told, self.target_truncated.to(device))
 
 
-def gather(
-    shards: Sequence[Shard],
-    read: Callable[[NDArray[np.int64], NDArray[np.int64]], Latents],
-    pairs: Pairs,
-    size: int,
-    absolute_pose: bool,
-    device: torch.device,
+def encode_batch(
+    read: Read, encode: Callable[[Tensor], Tensor], size: int, absolute_pose: bool, device: torch.device
 ) -> Batch:
-    """The pairs' latents and geometry. read: latents of views of shards, by both indices (see svdrr.latents).
+    """Phase two: what was read, as latents on the device. encode: line integrals [I, 1, N, N] to latents [I, C, h, w].
 
-    size: of the images that were encoded, in pixels. absolute_pose: as in transformer.condition.
+    size: of the images, in pixels. absolute_pose: as in transformer.condition.
     """
+    parts = [] if read.latents is None else [read.latents.to(device)]
+    if len(read.images):
+        parts.append(encoded(read.images, encode).to(device))
+    place = np.argsort(np.argsort(read.is_image, kind="stable"))  # of each view in `parts`, where images come last
+    target, source = torch.cat(parts)[torch.from_numpy(place)].chunk(2)
+    views = read.source_views.to(device), read.target_views.to(device)
+    return Batch(target, condition(source, *views, size, absolute_pose), read.target_truncated.to(device))
 
-    def views(view: NDArray[np.int64]) -> Views:
-        rows = []
-        for shard, v in zip((shards[s] for s in pairs.shard), view, strict=True):
-            rows.append((shard.azimuth_deg[v], shard.elevation_deg[v], shard.sdd_mm, shard.sod_mm, shard.detector_mm))
-        return Views(*torch.tensor(rows, dtype=torch.float32, device=device).unbind(dim=1))
 
-    both = read(np.tile(pairs.shard, 2), np.concatenate([pairs.target, pairs.source]))
-    target, source = both.values.to(device).chunk(2)
-    return Batch(
-        target,
-        condition(source, views(pairs.source), views(pairs.target), size, absolute_pose),
-        both.truncated[: len(target)].to(device),
-    )
+def _views(shards: Sequence[Shard], shard: NDArray[np.int64], view: NDArray[np.int64]) -> Views:
+    rows = []
+    for one, v in zip((shards[s] for s in shard), view, strict=True):
+        rows.append((one.azimuth_deg[v], one.elevation_deg[v], one.sdd_mm, one.sod_mm, one.detector_mm))
+    return Views(*torch.tensor(rows, dtype=torch.float32).unbind(dim=1))

@@ -21,34 +21,34 @@ BETA_RANGE = (1e-4, 0.02)
 
 
 class Noised(NamedTuple):
-    """A training task: points [B, ...] of B paths, their timesteps [B], and the [B, ...] that is to be predicted."""
+    """A training task: points [B, ...] of B paths, and the [B, ...] that is to be predicted there."""
 
     latents: Tensor
-    timestep: Tensor
     target: Tensor
 
 
 class Objective(NamedTuple):
-    """levels: (count, shift, generator) to the timesteps [count] of training tasks, drawn from the generator.
+    """timestep: (quantile [B] in 0 to 1, shift) to the timesteps [B] below which this share of training takes place.
 
-    noised: (data, noise, timestep) to the training task there.
+    noised: (data, noise, timestep) to a training task.
+
     linear_guess: timesteps to (slope, spread), each as they are shaped: for data of unit variance, slope x is the best
     linear guess of the target from the point x, and spread is the standard deviation of what it misses.
     """
 
-    levels: Callable[[int, float, torch.Generator], Tensor]
+    timestep: Callable[[Tensor, float], Tensor]
     noised: Callable[[Tensor, Tensor, Tensor], Noised]
     linear_guess: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """[count] in (0, 1): logit-normal (Esser et al., eq. 19, m = 0 and s = 1), then shifted to the noise (eq. 23).
+def velocity_timestep(quantile: Tensor, shift: float) -> Tensor:
+    """Of sigmas that are logit-normal (Esser et al., eq. 19, m = 0 and s = 1), then shifted to the noise (eq. 23).
 
     A larger image needs more noise to be hidden equally well; their rule for `shift` is the square root of the ratio
     of token counts.
     """
-    sigma = torch.randn(count, generator=generator).sigmoid()
-    return shift * sigma / (1 + (shift - 1) * sigma)
+    sigma = torch.special.ndtri(quantile).sigmoid()
+    return NUM_TIMESTEPS * shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def path(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -57,14 +57,9 @@ def path(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * data + sigma * noise
 
 
-def velocity_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """The timesteps of shifted logit-normal sigmas."""
-    return draw_sigmas(count, shift, generator) * NUM_TIMESTEPS
-
-
 def velocity_noised(data: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
     """Points of straight paths; the target is noise - data."""
-    return Noised(path(data, noise, timestep / NUM_TIMESTEPS), timestep, noise - data)
+    return Noised(path(data, noise, timestep / NUM_TIMESTEPS), noise - data)
 
 
 def velocity_guess(timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,14 +82,14 @@ def diffused(data: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     return alpha * data + sigma * noise
 
 
-def epsilon_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Uniform timesteps, which the betas already spread: `shift` is the flow's alone."""
-    return torch.randint(NUM_TIMESTEPS, (count,), generator=generator)
+def epsilon_timestep(quantile: Tensor, shift: float) -> Tensor:
+    """Uniform whole timesteps, which the betas already spread: `shift` is the flow's alone."""
+    return (quantile * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
 
 
 def epsilon_noised(data: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
     """Points of the diffusion; the target is the noise."""
-    return Noised(diffused(data, noise, timestep), timestep, noise)
+    return Noised(diffused(data, noise, timestep), noise)
 
 
 def epsilon_guess(timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,14 +99,16 @@ def epsilon_guess(timestep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 OBJECTIVES = {
-    "velocity": Objective(velocity_levels, velocity_noised, velocity_guess),
-    "epsilon": Objective(epsilon_levels, epsilon_noised, epsilon_guess),
+    "velocity": Objective(velocity_timestep, velocity_noised, velocity_guess),
+    "epsilon": Objective(epsilon_timestep, epsilon_noised, epsilon_guess),
 }
 
 
-def loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, per sample: [B]."""
-    return (prediction - target).square().flatten(1).mean(dim=1)
+def loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of [B, C, h, w] per sample, its cells weighted by [B, h, w]: [B]; 0 where no cell counts."""
+    error = (prediction - target).square().mean(dim=1)
+    least = torch.finfo(error.dtype).tiny
+    return (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=least)
 
 
 def _beside(levels: Tensor, data: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Every view as latents: encoded once per shard, VAE and level, then memory-mapped; or encoded whenever it is wanted.
+"""Every view as latents: encoded once per shard, VAE and level, then memory-mapped; or as an image, to be encoded.
 
-Both ways give a function that takes N views by the indices of shard and view. What it returns differs by no more than
-the cache's 16 bits, and by the rounding of a batch of another shape.
+Both are read by N pairs of indices, of shards and of their views. No model is at work in reading, and two threads may
+read at once.
 """
 
 import functools
@@ -80,21 +80,33 @@ def cached(
     return read
 
 
-def online(shards: Sequence[Shard], size: int, encode: Callable[[Tensor], Tensor]) -> Reader:
-    """Encodes the views whenever they are asked for. encode: as in `cached`."""
+def read_images(
+    shards: Sequence[Shard], size: int, shard: NDArray[np.int64], view: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Line integrals [N, size, size] of these views of these shards."""
+    images = np.empty((len(shard), size, size), np.float32)
+    for row, (s, v) in enumerate(zip(shard, view, strict=True)):
+        images[row] = shards[s].images(size, [v])[0]
+    return images
 
-    def read(shard: NDArray[np.int64], view: NDArray[np.int64]) -> Latents:
-        images, marks = np.zeros((2, len(shard), size, size), np.float32)
-        for index in np.unique(shard):
-            rows = shard == index
-            images[rows] = shards[index].images(size, view[rows])
-            found = shards[index].truncation(size, view[rows])
-            if found is not None:
-                marks[rows] = found
-        values = _encoded(images, encode)
-        return Latents(values, torch.from_numpy(_fraction(marks, values.shape[-1]).astype(np.float32)))
 
-    return read
+def read_truncated(
+    shards: Sequence[Shard], size: int, side: int, shard: NDArray[np.int64], view: NDArray[np.int64]
+) -> Tensor:
+    """Of these views, how much of each of side x side cells is marked: as Latents.truncated."""
+    fractions = np.zeros((len(shard), side, side), np.float32)
+    for row, (s, v) in enumerate(zip(shard, view, strict=True)):
+        marks = shards[s].truncation(size, [v])
+        if marks is not None:
+            fractions[row] = _fraction(marks, side)[0]
+    return torch.from_numpy(fractions)
+
+
+def encoded(images: NDArray[np.float32], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Line integrals [N, size, size] to latents [N, C, h, w] in float32, a few at a time. encode: as in `cached`."""
+    batches = torch.from_numpy(images)[:, None].split(_batch(images.shape[-1]))
+    with torch.no_grad():
+        return torch.cat([encode(batch) for batch in batches]).float()
 
 
 def _write(path: Path, shard: Shard, size: int, encode: Callable[[Tensor], Tensor]) -> None:
@@ -116,7 +128,7 @@ def _write_records(file: BinaryIO, shard: Shard, size: int, encode: Callable[[Te
     step = _batch(size)
     for begin in range(0, len(shard), step):
         views = range(begin, min(begin + step, len(shard)))
-        latents = _encoded(shard.images(size, views), encode).cpu().numpy()
+        latents = encoded(shard.images(size, views), encode).cpu().numpy()
         record = np.dtype([("latents", "<f2", latents.shape[1:]), ("truncated", "u1", latents.shape[2:])])
         rows = np.zeros(len(views), record)
         rows["latents"] = latents
@@ -136,12 +148,6 @@ def _whole(path: Path) -> bool:
     except (OSError, ValueError, EOFError):
         return False
     return True
-
-
-def _encoded(images: NDArray[np.float32], encode: Callable[[Tensor], Tensor]) -> Tensor:
-    batches = torch.from_numpy(images)[:, None].split(_batch(images.shape[-1]))
-    with torch.no_grad():
-        return torch.cat([encode(batch) for batch in batches]).float()
 
 
 def _batch(size: int) -> int:

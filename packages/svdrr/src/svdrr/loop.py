@@ -38,7 +38,8 @@ class Task:
     read: (step, rows) to what these rows of the step's batch need from the disk; called ahead, in a thread.
     losses: (model, what was read, step, rows) to the loss of each row, [rows].
     describe: (step, row) to words that name what the row is.
-    watch: (average of the weights, steps done) to values for the log; called by all processes, at the end too.
+    watches: pairs of (every so many steps and at the end, what is then done with the average of the weights and the
+        number of steps); it returns values for the log. All processes call it.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Task:
     read: Callable[[int, slice], Any]
     losses: Callable[[nn.Module, Any, int, slice], Tensor]
     describe: Callable[[int, int], str]
-    watch: Callable[[nn.Module, int], dict[str, float]] | None = None
+    watches: Sequence[tuple[int, Callable[[nn.Module, int], dict[str, float]]]] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,6 @@ class Habits:
     clip_norm: float
     ema_decay: float
     log_every: int
-    watch_every: int
     checkpoint_every: int
     keep_checkpoints: int
     checkpoints: Path
@@ -180,11 +180,12 @@ def fit(
                 losses, waited_s, since = [], 0.0, time.monotonic()
 
             # watch
-            if task.watch and (done % habits.watch_every == 0 or done == task.steps):
-                with torch.no_grad():
-                    values = task.watch(average, done)
-                if is_main:
-                    habits.log(stage=task.name, step=done, **values)
+            for every, watch in task.watches:
+                if done % every == 0 or done == task.steps:
+                    with torch.no_grad():
+                        values = watch(average, done)
+                    if is_main and values:
+                        habits.log(stage=task.name, step=done, **values)
 
             # checkpoint
             if done % habits.checkpoint_every == 0 or done == task.steps or code:

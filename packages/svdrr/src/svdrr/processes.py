@@ -64,6 +64,23 @@ def my_rows(accelerator: Accelerator, batch: int, at_once: int | None, what: str
     return [slice(first, min(first + step, end)) for first in range(begin, end, step)]
 
 
+def shared(accelerator: Accelerator, count: int, at_once: int | None, values: Callable[[slice], Tensor]) -> Tensor:
+    """values(rows) for `count` rows, [count], computed by all processes together, and known to all.
+
+    at_once: rows that a process takes at once. All call `values` equally often, as spread weights ask for; where the
+    rows cannot be shared evenly, some are computed twice.
+    """
+    share = -(-count // accelerator.num_processes)
+    begins = [min(index * share, count - share) for index in range(accelerator.num_processes)]
+    step, begin = min(at_once or share, share), begins[accelerator.process_index]
+    mine = [values(slice(first, min(first + step, begin + share))) for first in range(begin, begin + share, step)]
+    of_all = gathered(accelerator, torch.cat(mine)).split(share)
+    together = of_all[0].new_empty(count)
+    for first, part in zip(begins, of_all, strict=True):
+        together[first : first + share] = part
+    return together
+
+
 def gathered(accelerator: Accelerator, mine: Tensor) -> Tensor:
     """The rows of all processes, in their order; each has as many."""
     return accelerator.gather(mine.to(accelerator.device))

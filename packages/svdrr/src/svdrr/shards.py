@@ -23,12 +23,13 @@ _ZSTD = 32015
 class Shard:
     """All views of one patient volume. Holds no file handle: `images` opens the file, reads and closes it.
 
-    azimuth_deg, elevation_deg: [V]. levels: sides of the stored images in pixels, largest first. digest: SHA-256 of
-    what the file shows (images by their checksums, whether it has marks of truncation, which have no checksum, angles,
-    distances, patient), not of how it is stored.
+    kind: `rendered` or `synthesised`. azimuth_deg, elevation_deg: [V]. levels: sides of the stored images in pixels,
+    largest first. digest: SHA-256 of what the file shows (images by their checksums, whether it has marks of
+    truncation, which have no checksum, angles, distances, patient), not of how it is stored.
     """
 
     path: Path
+    kind: str
     patient_id: str
     azimuth_deg: NDArray[np.float64]
     elevation_deg: NDArray[np.float64]
@@ -70,10 +71,10 @@ class Shard:
                 counts = np.stack([stored[view] for view in wanted])
                 scale, offset = float(stored.attrs["scale"]), float(stored.attrs["offset"])
         except (OSError, KeyError) as error:
-            raise InputError(f"{self.path} cannot be read ({error}): {_CURE}") from error
+            raise InputError(f"{self.path} cannot be read ({error}): {_CURE_MIDWAY}") from error
         for view, image in zip(wanted, counts, strict=True):
             if zlib.crc32(image.astype("<u2").tobytes()) != crc32[view]:
-                raise InputError(f"{self.path}: image {view} of level {size} fails its checksum: {_CURE}")
+                raise InputError(f"{self.path}: image {view} of level {size} fails its checksum: {_CURE_MIDWAY}")
         return counts.astype(np.float32) * np.float32(scale) + np.float32(offset)
 
     def truncation(self, size: int, views: Sequence[int]) -> NDArray[np.uint8] | None:
@@ -88,14 +89,19 @@ class Shard:
                     return None
                 stored = file[name]
                 if stored.dtype != np.uint8 or stored.shape != (len(self), size, size):
-                    raise InputError(f"{self.path}: {name} is {stored.dtype} {stored.shape}: {_CURE}")
+                    raise InputError(f"{self.path}: {name} is {stored.dtype} {stored.shape}: {_CURE_MIDWAY}")
                 _require_filter(self.path, stored)
                 return np.stack([stored[view] for view in views])
         except (OSError, KeyError) as error:
-            raise InputError(f"{self.path} cannot be read ({error}): {_CURE}") from error
+            raise InputError(f"{self.path} cannot be read ({error}): {_CURE_MIDWAY}") from error
 
 
 _CURE = "render it again, or move it out of the folder"
+_CURE_MIDWAY = (
+    "delete it and give the same `drrgen render` and then the same command again, "
+    "or move it out of the folder and train with another --out"
+)
+"""A run that has begun knows its shards by their digests, and an image that is rendered again has the same."""
 
 
 def open_folder(folder: Path) -> list[Shard]:
@@ -157,6 +163,7 @@ def _checked(path: Path, file: h5py.File) -> Shard:
             digest.update(b"truncation")
     return Shard(
         path=path,
+        kind=str(_attribute(file, "kind")),
         patient_id=patient_id,
         azimuth_deg=azimuth[:],
         elevation_deg=elevation[:],

@@ -1,18 +1,54 @@
 """What each stage of training is: what a step reads, its loss row by row, and what is watched meanwhile."""
 
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from svdrr import flow
+from svdrr import flow, validation
 from svdrr import vae as autoencoder
 from svdrr.config import StageConfig, TrainConfig
-from svdrr.data import Batch, Pairs, draw_pairs, gather, step_seed
-from svdrr.latents import Reader
+from svdrr.data import (
+    Batch,
+    Draws,
+    Pairs,
+    Read,
+    draw_augmentations,
+    draw_noise,
+    draw_pairs,
+    encode_batch,
+    read_batch,
+    step_seed,
+)
+from svdrr.latents import Reader, read_images
 from svdrr.loop import Task
 from svdrr.shards import Shard
 
 VAE_STAGE = "vae"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shards, and how their views of one size become latents.
+
+    stored: reads latents (svdrr.latents), of train or of val shards; None: each view is encoded when it is wanted.
+    encode: line integrals [B, 1, size, size] to latents [B, C, side, side], on `device`.
+    """
+
+    train: list[Shard]
+    val: list[Shard]
+    size: int
+    side: int
+    stored_train: Reader | None
+    stored_val: Reader | None
+    encode: Callable[[Tensor], Tensor]
+    device: torch.device
+
+
+Shared = Callable[[int, Callable[[slice], Tensor]], Tensor]
+"""(count, function of some of so many rows) to its values for all of them, which processes compute together."""
 
 
 def vae_task(config: TrainConfig, shards: list[Shard], device: torch.device) -> Task:
@@ -24,16 +60,15 @@ def vae_task(config: TrainConfig, shards: list[Shard], device: torch.device) -> 
         return draw_pairs(shards, settings.batch, 0, step_seed(config.seed, VAE_STAGE, step))
 
     def read(step: int, rows: slice) -> Tensor:
-        size = sizes[step % len(sizes)]
-        generator = torch.Generator().manual_seed(step_seed(config.seed, f"{VAE_STAGE} crop", step))
-        row, column = torch.randint(max(1, size - settings.crop + 1), (2,), generator=generator).tolist()
-        views = images(shards, size, drawn(step), rows)
-        return views[..., row : row + settings.crop, column : column + settings.crop]
+        return images(shards, sizes[step % len(sizes)], drawn(step).rows(rows))
 
     def losses(model: nn.Module, views: Tensor, step: int, rows: slice) -> Tensor:
-        weights = settings.kl_weight, settings.gradient_weight, settings.equivariance_weight
         generator = torch.Generator().manual_seed(step_seed(config.seed, VAE_STAGE, step))
-        return autoencoder.loss(model, views.to(device), *weights, generator, settings.batch, rows)
+        most = max(1, views.shape[-1] - settings.crop + 1)
+        row, column = torch.randint(most, (2,), generator=generator).tolist()
+        crop = views[..., row : row + settings.crop, column : column + settings.crop].to(device)
+        weights = settings.kl_weight, settings.gradient_weight, settings.equivariance_weight
+        return autoencoder.loss(model, crop, *weights, generator, settings.batch, rows)
 
     def describe(step: int, row: int) -> str:
         pairs = drawn(step)
@@ -43,76 +78,63 @@ def vae_task(config: TrainConfig, shards: list[Shard], device: torch.device) -> 
 
 
 def view_task(
-    config: TrainConfig,
-    stage: StageConfig,
-    train: tuple[list[Shard], Reader],
-    val: tuple[list[Shard], Reader],
-    device: torch.device,
+    config: TrainConfig, stage: StageConfig, data: Data, shared: Shared, show: Callable[[Any, int], None]
 ) -> Task:
-    """The transformer at one size. train, val: shards, and who reads their latents."""
+    """The transformer at one size. show: makes a picture of views by the weights' average, after so many steps."""
+    prediction, shift = config.model.prediction, stage.shift
+
+    def seed(step: int) -> int:
+        return step_seed(config.seed, stage.name, step)
 
     def drawn(step: int) -> Pairs:
-        return draw_pairs(train[0], stage.batch, config.pa_fraction, step_seed(config.seed, stage.name, step))
+        return draw_pairs(data.train, stage.batch, config.pa_fraction, seed(step))
 
-    def read(step: int, rows: slice) -> Batch:
-        pairs = Pairs(*(index[rows] for index in drawn(step)))
-        return gather(*train, pairs, stage.size, config.model.absolute_pose, torch.device("cpu"))
+    def read(step: int, rows: slice) -> Read:
+        augmentations = draw_augmentations(stage.batch, config.augment_fraction, seed(step))[rows]
+        return read_batch(data.train, data.stored_train, drawn(step).rows(rows), augmentations, data.size, data.side)
 
-    def losses(model: nn.Module, batch: Batch, step: int, rows: slice) -> Tensor:
-        generator = torch.Generator().manual_seed(step_seed(config.seed, stage.name, step))
-        return pair_losses(
-            model,
-            batch.to(device),
-            config.model.prediction,
-            stage.shift,
-            config.drop_source,
-            generator,
-            stage.batch,
-            rows,
-        )
+    def losses(model: nn.Module, read: Read, step: int, rows: slice) -> Tensor:
+        batch = encode_batch(read, data.encode, data.size, config.model.absolute_pose, data.device)
+        draws = draw_noise(stage.batch, batch.target_latent.shape[1:], config.drop_source, seed(step))
+        return pair_losses(model, batch, draws.rows(rows), prediction, shift)
 
     def describe(step: int, row: int) -> str:
         pairs = drawn(step)
-        return f"{train[0][pairs.shard[row]].path.name}, view {pairs.source[row]} to {pairs.target[row]}"
+        return f"{data.train[pairs.shard[row]].path.name}, view {pairs.source[row]} to {pairs.target[row]}"
 
-    def watch(average: nn.Module, done: int) -> dict[str, float]:
-        seed = step_seed(config.seed, "validation", 0)
-        count = config.validation_pairs
-        pairs = draw_pairs(val[0], count, config.pa_fraction, seed)
-        batch = gather(*val, pairs, stage.size, config.model.absolute_pose, device)
-        generator = torch.Generator().manual_seed(seed)
-        found = pair_losses(average, batch, config.model.prediction, stage.shift, 0, generator, count, slice(0, count))
-        return {"validation_loss": found.mean().item()}
+    def validate(average: nn.Module, done: int) -> dict[str, float]:
+        found = shared(config.validation_pairs, lambda rows: validation_losses(average, rows))
+        return validation.by_angle(found, fixed.bin)
 
-    return Task(
-        stage.name, stage.steps, stage.batch, stage.learning_rate, read, losses, describe, watch if val[0] else None
-    )
+    def validation_losses(model: nn.Module, rows: slice) -> Tensor:
+        pairs = fixed.pairs.rows(rows)
+        read = read_batch(data.val, data.stored_val, pairs, [None] * len(pairs.shard), data.size, data.side)
+        batch = encode_batch(read, data.encode, data.size, config.model.absolute_pose, data.device)
+        draws = draw_noise(config.validation_pairs, batch.target_latent.shape[1:], 0.0, validation_seed)
+        return pair_losses(model, batch, draws._replace(quantile=fixed.quantile).rows(rows), prediction, shift)
 
+    def showing(average: nn.Module, done: int) -> dict[str, float]:
+        show(average, done)
+        return {}
 
-def pair_losses(
-    model: nn.Module,
-    batch: Batch,
-    prediction: str,
-    shift: float,
-    drop_source: float,
-    generator: torch.Generator,
-    count: int,
-    rows: slice,
-) -> Tensor:
-    """The loss of each of these rows of a batch of `count` pairs: [rows].
-
-    Noise, noise levels and dropped sources are drawn for all of the batch, so that it does not matter who takes which.
-    """
-    latents = batch.target_latent
-    noise = torch.randn((count, *latents.shape[1:]), generator=generator)[rows].to(latents.device)
-    levels = flow.OBJECTIVES[prediction].levels(count, shift, generator)[rows].to(latents.device)
-    drop = (torch.rand(count, generator=generator)[rows] < drop_source).to(latents.device)
-    noised = flow.OBJECTIVES[prediction].noised(latents, noise, levels)
-    predicted = model(noised.latents, noised.timestep, **batch.condition, drop_source=drop)
-    return flow.loss(predicted, noised.target)
+    validation_seed = step_seed(config.seed, "validation", 0)
+    watches = []
+    if data.val:
+        fixed = validation.fixed_pairs(data.val, config.validation_pairs, config.pa_fraction, validation_seed)
+        watches = [(config.validate_every, validate), (config.sample_every, showing)]
+    return Task(stage.name, stage.steps, stage.batch, stage.learning_rate, read, losses, describe, watches)
 
 
-def images(shards: list[Shard], size: int, pairs: Pairs, rows: slice = slice(None)) -> Tensor:
-    """Line integrals [rows, 1, size, size] of the pairs' targets."""
-    chosen = zip(pairs.shard[rows], pairs.target[rows], strict=True)
-    return torch.from_numpy(np.stack([shards[s].images(size, [v]) for s, v in chosen]))
+def pair_losses(model: nn.Module, batch: Batch, draws: Draws, prediction: str, shift: float) -> Tensor:
+    """The loss of each pair of a batch, [B]; what is truncated of its target does not count."""
+    latents, objective = batch.target_latent, flow.OBJECTIVES[prediction]
+    noise, quantile, drop = (values.to(latents.device) for values in draws)
+    timestep = objective.timestep(quantile, shift)
+    noised = objective.noised(latents, noise, timestep)
+    predicted = model(noised.latents, timestep, **batch.condition, drop_source=drop)
+    return flow.loss(predicted, noised.target, 1 - batch.target_truncated)
+
+
+def images(shards: list[Shard], size: int, pairs: Pairs) -> Tensor:
+    """Line integrals [B, 1, size, size] of the pairs' targets."""
+    return torch.from_numpy(read_images(shards, size, pairs.shard, pairs.target))[:, None]

@@ -18,21 +18,24 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from svdrr import metrics, pixart, processes
+from svdrr import metrics, pixart, processes, validation
 from svdrr import vae as autoencoder
 from svdrr.checkpoint import Checkpoint, latest
 from svdrr.config import StageConfig, TrainConfig
 from svdrr.data import draw_pairs, step_seed, training_shards
 from svdrr.errors import InputError
-from svdrr.latents import Reader, cached, online
+from svdrr.latents import Reader, cached
 from svdrr.loop import Habits, fit
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline, scheduler
 from svdrr.processes import gathered, on_main
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
 from svdrr.stop import StoppedError, StopRequest
-from svdrr.tasks import VAE_STAGE, images, vae_task, view_task
+from svdrr.tasks import VAE_STAGE, Data, images, vae_task, view_task
 from svdrr.transformer import ViewTransformer
+
+SHOWN_PATIENTS, SHOWN_DEG = 2, [(-90.0, 0.0), (-45.0, 0.0), (45.0, 0.0), (90.0, 0.0)]
+"""Whose views, from where, are synthesised while training goes on: for validation; azimuth and elevation."""
 
 MEASURED_IMAGES = 128
 """Views that the scale of the latents (training) and the autoencoder's own error (validation) are measured on."""
@@ -131,7 +134,6 @@ class Session:
             clip_norm=config.clip_norm,
             ema_decay=config.ema_decay,
             log_every=config.log_every,
-            watch_every=config.validate_every,
             checkpoint_every=config.checkpoint_every,
             keep_checkpoints=config.keep_checkpoints,
             checkpoints=self.run.checkpoints,
@@ -275,45 +277,77 @@ def train_stage(
 ) -> ViewTransformer:
     """Trains the transformer at one size, from the weights of `start`; returns their average."""
     config, run, accelerator = session.config, session.run, session.accelerator
+    blocks = list(start.blocks) if config.spread_weights else []
+
+    def shared(count: int, values: Callable[[slice], Tensor]) -> Tensor:
+        return processes.shared(accelerator, count, session.at_once, values)
+
+    def show(average: ViewTransformer, done: int) -> None:
+        if not (accelerator.is_main_process or blocks):  # whose forward pass is everybody's
+            return
+        pipeline = pipeline_of(session, stage, vae, average)
+        pipeline.set_progress_bar_config(disable=True)
+        picture = validation.sample_grid(pipeline, session.val_shards[:SHOWN_PATIENTS], SHOWN_DEG, config.seed)
+        if accelerator.is_main_process:
+            run.show(stage.name, done, picture)
+
+    task = view_task(config, stage, latents_of(session, stage, vae), shared, show)
+    return fit(task, session.habits, start, checkpoint, accelerator, session.stop, blocks)
+
+
+def latents_of(session: Session, stage: StageConfig, vae: AutoencoderKL) -> Data:
+    """The shards' views at this stage's size, encoded where they are not. Raises StoppedError between two shards."""
+    config, accelerator = session.config, session.accelerator
     part = accelerator.process_index, accelerator.num_processes
+    codes = [0]
 
     def encode(images: Tensor) -> Tensor:
         with torch.autocast(accelerator.device.type, enabled=False):  # as exact within a step as before it
             return autoencoder.encode(vae, images.to(accelerator.device))
 
-    def reader(shards: list[Shard]) -> Reader:
-        if not config.cache_latents:
-            return online(shards, stage.size, encode)
-        return cached(shards, stage.size, encode, digest, run.latents, part, is_over)
-
     def is_over() -> bool:
         codes.append(session.stop.code)
         return codes[-1] > 0
 
-    digest = autoencoder.digest(vae)
-    codes = [0]
-    train_data = session.train_shards, reader(session.train_shards)
-    val_data = session.val_shards, reader(session.val_shards)
+    def stored(shards: list[Shard]) -> Reader | None:
+        if not config.cache_latents:
+            return None
+        return cached(shards, stage.size, encode, digest, session.run.latents, part, is_over)
+
+    digest, side = autoencoder.digest(vae), stage.size // autoencoder.cell(vae)
+    of_train, of_val = stored(session.train_shards), stored(session.val_shards)
     session.meet(max(codes), f"the latents of {stage.name}")
-    task = view_task(config, stage, train_data, val_data, accelerator.device)
-    blocks = list(start.blocks) if config.spread_weights else []
-    return fit(task, session.habits, start, checkpoint, accelerator, session.stop, blocks)
+    return Data(
+        session.train_shards, session.val_shards, stage.size, side, of_train, of_val, encode, accelerator.device
+    )
 
 
-def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransformer) -> None:
-    """Leaves the finished pipeline in the run's folder `model`, which marks the run as finished."""
-    stage, shards = session.config.stages[-1], session.train_shards
-    from_pa = [shard.images(stage.size, [shard.nearest_view(0, 0)]) for shard in shards]
-    pipeline = SVDRRPipeline(
+def pipeline_of(
+    session: Session,
+    stage: StageConfig,
+    vae: AutoencoderKL,
+    transformer: ViewTransformer,
+    film_line_integrals: list[float] | None = None,
+) -> SVDRRPipeline:
+    """What samples these weights at the size of this stage."""
+    first = session.train_shards[0]  # all have the same geometry
+    return SVDRRPipeline(
         vae=vae,
         transformer=transformer,
         scheduler=scheduler(transformer.config.prediction, stage.shift),
         size=stage.size,
-        sdd_mm=float(np.median([shard.sdd_mm for shard in shards])),
-        sod_mm=float(np.median([shard.sod_mm for shard in shards])),
-        detector_mm=float(np.median([shard.detector_mm for shard in shards])),
-        film_line_integrals=np.percentile(from_pa, FILM_PERCENTILES).tolist(),
+        sdd_mm=first.sdd_mm,
+        sod_mm=first.sod_mm,
+        detector_mm=first.detector_mm,
+        film_line_integrals=film_line_integrals,
     )
+
+
+def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransformer) -> None:
+    """Leaves the finished pipeline in the run's folder `model`, which marks the run as finished."""
+    stage = session.config.stages[-1]
+    from_pa = [shard.images(stage.size, [shard.nearest_view(0, 0)]) for shard in session.train_shards]
+    pipeline = pipeline_of(session, stage, vae, transformer, np.percentile(from_pa, FILM_PERCENTILES).tolist())
     with whole_folder(session.run.model) as partial:
         pipeline.save_pretrained(partial)
 

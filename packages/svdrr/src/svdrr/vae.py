@@ -74,17 +74,17 @@ def loss(
     gradient_weight: float,
     equivariance_weight: float,
     generator: torch.Generator,
-    count: int,
+    batch: int,
     rows: slice,
 ) -> Tensor:
     """What an autoencoder of our own is trained for, per image [B]: see `image_error`, `equivariance`; KL is small.
 
-    A weight of 0 leaves its term out. vae: of one image channel. count, rows: the images are these of a batch of so
-    many; noise is drawn for all, so that it does not matter who takes which.
+    A weight of 0 leaves its term out. vae: of one image channel. batch, rows: the images are these B rows of a batch of
+    this size, for the whole of which noise is drawn, so that a row has the same whoever computes it.
     """
     images = line_integrals / HALF_RANGE - 1
     posterior = vae.encode(images).latent_dist
-    noise = torch.randn((count, *posterior.mean.shape[1:]), generator=generator)[rows].to(images.device)
+    noise = torch.randn(batch, *posterior.mean.shape[1:], generator=generator)[rows].to(images.device)
     latents = posterior.mean + posterior.std * noise
 
     def decode(latents: Tensor) -> Tensor:
