@@ -106,12 +106,15 @@ def draw_pairs(shards: Sequence[Shard], count: int, pa_fraction: float, seed: in
 class Batch(NamedTuple):
     """What the transformer learns from: target latents [B, C, h, w], and its condition on source and poses.
 
-    target_truncated: [B, h, w], 0 to 1, how much of each cell of the target is marked as truncated.
+    target_truncated: [B, h, w], 0 to 1, how much of each cell of the target is marked as truncated. source, target:
+    the B views.
     """
 
     target_latent: Tensor
     condition: dict[str, Tensor]
     target_truncated: Tensor
+    source: Views
+    target: Views
 
 
 def gather(
@@ -135,8 +138,11 @@ def gather(
 
     both = read(np.tile(pairs.shard, 2), np.concatenate([pairs.target, pairs.source]))
     target, source = both.values.to(device).chunk(2)
+    source_views, target_views = views(pairs.source), views(pairs.target)
     return Batch(
         target,
-        condition(source, views(pairs.source), views(pairs.target), size, absolute_pose),
+        condition(source, source_views, target_views, size, absolute_pose),
         both.truncated[: len(target)].to(device),
+        source_views,
+        target_views,
     )
