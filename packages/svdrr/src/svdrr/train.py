@@ -1,5 +1,7 @@
 """Shards in, a model out: the autoencoder, its latents, then the transformer from weak to strong resolution.
 
+Where the model has a coarse branch, that is trained before the transformer, and stays as it is from then on.
+
 The same command goes on where a run was stopped, however that happened. On a CPU it ends in the same weights, bit for
 bit: a step depends on nothing but the state before it and on (seed, stage, step).
 """
@@ -24,7 +26,8 @@ from tqdm import tqdm
 from svdrr import flow, metrics, pixart
 from svdrr import vae as autoencoder
 from svdrr.checkpoint import Checkpoint, latest, restore, save, state
-from svdrr.config import StageConfig, TrainConfig
+from svdrr.coarse import CoarseMean
+from svdrr.config import CoarseConfig, StageConfig, TrainConfig
 from svdrr.data import Batch, draw_pairs, gather, step_seed, training_shards
 from svdrr.errors import InputError
 from svdrr.latents import Reader, cached, online
@@ -34,7 +37,7 @@ from svdrr.shards import Shard, open_folder
 from svdrr.stop import StoppedError, StopRequest
 from svdrr.transformer import ViewTransformer
 
-VAE_STAGE = "vae"
+VAE_STAGE, COARSE_STAGE = "vae", "coarse"
 MEASURED_IMAGES = 128
 """Views that the scale of the latents (training) and the autoencoder's own error (validation) are measured on."""
 
@@ -89,6 +92,7 @@ def train(
         try:
             checkpoint = latest(run.checkpoints)
             transformer = untrained(config)  # first, for what is wrong with its `init` costs no autoencoder's training
+            coarse = untrained_coarse(config)
             if not run.vae.is_dir():
                 keep_vae(session, train_vae(session, checkpoint) if given is None else given)
             used = AutoencoderKL.from_pretrained(run.vae).to(accelerator.device).requires_grad_(False)
@@ -97,9 +101,15 @@ def train(
             begin = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
             if not config.model.scaled_source:
                 unscale_source(transformer, used)
+            if coarse is not None and config.coarse is not None:
+                if not run.coarse.is_dir():
+                    coarse = train_coarse(session, config.coarse, used, coarse, checkpoint)
+                    with whole_folder(run.coarse) as partial:
+                        coarse.save_pretrained(partial)
+                coarse = CoarseMean.from_pretrained(run.coarse).to(accelerator.device).requires_grad_(False)
             for stage in config.stages[begin:]:
-                transformer = train_stage(session, stage, used, transformer, checkpoint)
-            save_pipeline(session, used, transformer)
+                transformer = train_stage(session, stage, used, coarse, transformer, checkpoint)
+            save_pipeline(session, used, coarse, transformer)
             print(f"{run.folder} is finished: its model is {run.model}", file=sys.stderr)
         except StoppedError as stopped:
             print(f"{stop.reason}, saved at {stopped}: the same command goes on from there", file=sys.stderr)
@@ -199,13 +209,25 @@ def untrained(config: TrainConfig) -> ViewTransformer:
     settings = asdict(config.model)
     del settings["scaled_source"]  # which is known when the autoencoder is: see unscale_source
     torch.manual_seed(step_seed(config.seed, config.stages[0].name, -1))
-    transformer = ViewTransformer(latent_channels=config.vae.latent_channels, **settings)
+    has_coarse = config.coarse is not None
+    transformer = ViewTransformer(latent_channels=config.vae.latent_channels, coarse=has_coarse, **settings)
     if config.init is not None:
         loaded = pixart.load(transformer, config.init)
         print(
             f"begun from {config.init}; new: {_listed(loaded.new)}; not used: {_listed(loaded.unused)}", file=sys.stderr
         )
     return transformer
+
+
+def untrained_coarse(config: TrainConfig) -> CoarseMean | None:
+    """The coarse branch as its training starts with it; None where there is none. Raises InputError: see there."""
+    if config.coarse is None:
+        return None
+    settings = config.coarse
+    torch.manual_seed(step_seed(config.seed, COARSE_STAGE, -1))
+    return CoarseMean(
+        settings.kind, config.vae.latent_channels, settings.cells, settings.width, settings.volume_channels
+    )
 
 
 def unscale_source(transformer: ViewTransformer, vae: AutoencoderKL) -> None:
@@ -218,14 +240,11 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) or "nothing"
 
 
-def train_stage(
-    session: Session,
-    stage: StageConfig,
-    vae: AutoencoderKL,
-    start: ViewTransformer,
-    checkpoint: Checkpoint | None,
-) -> ViewTransformer:
-    """Trains the transformer at one size, from the weights of `start`; returns their average."""
+Data = tuple[list[Shard], Reader]
+
+
+def latents_of(session: Session, stage: StageConfig, vae: AutoencoderKL) -> tuple[Data, Data]:
+    """The shards for training and for validation, each with what reads their latents of this stage's size."""
     config, device = session.config, session.accelerator.device
 
     def encode(images: Tensor) -> Tensor:
@@ -241,20 +260,82 @@ def train_stage(
         return cached(shards, stage.size, encode, vae_digest, session.run.latents, check)
 
     vae_digest = autoencoder.digest(vae)
-    train_data = (session.train_shards, latents(session.train_shards))
-    val_data = (session.val_shards, latents(session.val_shards))
+    return (
+        (session.train_shards, latents(session.train_shards)),
+        (session.val_shards, latents(session.val_shards)),
+    )
+
+
+def train_coarse(
+    session: Session,
+    settings: CoarseConfig,
+    vae: AutoencoderKL,
+    start: CoarseMean,
+    checkpoint: Checkpoint | None,
+) -> CoarseMean:
+    """Trains the coarse branch on the latents of every stage in turn; returns the average of its weights."""
+    config, stages = session.config, session.config.stages
+    data = [latents_of(session, stage, vae) for stage in stages]
+
+    def error(model: nn.Module, index: int, some: Data, count: int, seed: int) -> Tensor:
+        pairs = draw_pairs(some[0], count, config.pa_fraction, seed)
+        device = session.accelerator.device
+        batch = gather(*some, pairs, stages[index].size, config.model.absolute_pose, device)
+        predicted = model(batch.condition["source_latent"], batch.source, batch.target)
+        return flow.loss(predicted, batch.target_latent).mean()
+
+    def loss_at(model: nn.Module, step: int) -> Tensor:
+        index = step % len(stages)
+        return error(model, index, data[index][0], settings.batch, step_seed(config.seed, COARSE_STAGE, step))
+
+    def validate(model: nn.Module) -> float:
+        count, seed = config.validation_pairs, step_seed(config.seed, "validation", 0)
+        return float(np.mean([error(model, index, val, count, seed).item() for index, (_, val) in enumerate(data)]))
+
+    return fit(
+        session,
+        COARSE_STAGE,
+        settings.steps,
+        settings.learning_rate,
+        start,
+        checkpoint,
+        loss_at,
+        validate if session.val_shards else None,
+    )
+
+
+def given_coarse(coarse: CoarseMean | None, batch: Batch) -> Batch:
+    """The batch with the coarse mean in its condition, where there is one; no gradient goes to what predicts it."""
+    if coarse is None:
+        return batch
+    with torch.no_grad():
+        mean = coarse(batch.condition["source_latent"], batch.source, batch.target)
+    return batch._replace(condition=batch.condition | {"coarse_latent": mean})
+
+
+def train_stage(
+    session: Session,
+    stage: StageConfig,
+    vae: AutoencoderKL,
+    coarse: CoarseMean | None,
+    start: ViewTransformer,
+    checkpoint: Checkpoint | None,
+) -> ViewTransformer:
+    """Trains the transformer at one size, from the weights of `start`; returns their average."""
+    config, device = session.config, session.accelerator.device
+    train_data, val_data = latents_of(session, stage, vae)
 
     def loss_at(model: nn.Module, step: int) -> Tensor:
         seed = step_seed(config.seed, stage.name, step)
         pairs = draw_pairs(session.train_shards, stage.batch, config.pa_fraction, seed)
-        batch = gather(*train_data, pairs, stage.size, config.model.absolute_pose, device)
+        batch = given_coarse(coarse, gather(*train_data, pairs, stage.size, config.model.absolute_pose, device))
         generator = torch.Generator().manual_seed(seed)
         return pair_loss(model, batch, config.model.prediction, stage.shift, config.drop_source, generator)
 
     def validate(model: nn.Module) -> float:
         seed = step_seed(config.seed, "validation", 0)
         pairs = draw_pairs(session.val_shards, config.validation_pairs, config.pa_fraction, seed)
-        batch = gather(*val_data, pairs, stage.size, config.model.absolute_pose, device)
+        batch = given_coarse(coarse, gather(*val_data, pairs, stage.size, config.model.absolute_pose, device))
         generator = torch.Generator().manual_seed(seed)
         return pair_loss(model, batch, config.model.prediction, stage.shift, 0, generator).item()
 
@@ -361,13 +442,16 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(value, 1 - decay)
 
 
-def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransformer) -> None:
+def save_pipeline(
+    session: Session, vae: AutoencoderKL, coarse: CoarseMean | None, transformer: ViewTransformer
+) -> None:
     """Leaves the finished pipeline in the run's folder `model`, which marks the run as finished."""
     stage, shards = session.config.stages[-1], session.train_shards
     from_pa = [shard.images(stage.size, [shard.nearest_view(0, 0)]) for shard in shards]
     pipeline = SVDRRPipeline(
         vae=vae,
         transformer=transformer,
+        coarse=coarse,
         scheduler=scheduler(transformer.config.prediction, stage.shift),
         size=stage.size,
         sdd_mm=float(np.median([shard.sdd_mm for shard in shards])),
