@@ -25,9 +25,9 @@ NORM_GROUPS = 4
 class CoarseMean(ModelMixin, ConfigMixin):
     """Predicts the latent of the target view, without noise.
 
-    kind: a name of KINDS. cells: side of the grid that it works on, a multiple of 4; finer latents are averaged to it,
-    and what is predicted is interpolated. width: channels at that resolution, a multiple of 8. volume_channels: of the
-    lifted volume, of `lift` alone, a multiple of 4. Raises InputError where they are not, or there is no such kind.
+    kind: a name of KINDS. cells: side of the grid that it works on, a multiple of 4, whatever the latents' resolution:
+    the first layer and the last two work at that. width: channels, a multiple of 8. volume_channels: of the lifted
+    volume, of `lift` alone, a multiple of 4. Raises InputError where they are not, or there is no such kind.
     """
 
     @register_to_config
@@ -45,7 +45,12 @@ class CoarseMean(ModelMixin, ConfigMixin):
         for name, value, unit in (("cells", cells, 4), ("width", width, 8), ("volume_channels", volume_channels, 4)):
             if value % unit:
                 raise InputError(f"a coarse branch of {name}={value}: give a multiple of {unit}")
-        self.network = KINDS[kind](latent_channels, cells, width, volume_channels)
+        # Not the latents are averaged and interpolated, which are not smooth, but features that are learned for it.
+        self.stem = nn.Sequential(nn.Conv2d(latent_channels, width, 3, padding=1), nn.SiLU())
+        self.network = KINDS[kind](cells, width, volume_channels)
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, latent_channels, 3, padding=1)
+        )
 
     def forward(self, source_latent: Tensor, source: Views, target: Views) -> Tensor:
         """The mean [B, C, h, w] of the target's latents, given the source's [B, C, h, w] and both B views.
@@ -54,44 +59,45 @@ class CoarseMean(ModelMixin, ConfigMixin):
         """
         sides, cells = source_latent.shape[-2:], (self.config.cells, self.config.cells)
         pose = pose_features(source, target, sides[-1]).to(source_latent.dtype)
-        coarse = functional.interpolate(source_latent, cells, mode="area")
-        return functional.interpolate(self.network(coarse, source, target, pose), sides, mode="bilinear")
+        coarse = functional.interpolate(self.stem(source_latent), cells, mode="area")
+        predicted: Tensor = self.network(coarse, source, target, pose)
+        return self.head(functional.interpolate(predicted, sides, mode="bilinear"))
 
 
 class Regression(nn.Module):
-    """A U-Net on the source's latent beside the rays of both views; the pose scales and moves its features."""
+    """A U-Net on the source's features beside the rays of both views; the pose scales and moves its own."""
 
-    def __init__(self, latent_channels: int, cells: int, width: int, volume_channels: int) -> None:
+    def __init__(self, cells: int, width: int, volume_channels: int) -> None:
         super().__init__()
         self.cells = cells
-        self.unet = UNet(latent_channels + 2 * RAY_CHANNELS, latent_channels, width, POSE_FEATURES)
+        self.unet = UNet(width + 2 * RAY_CHANNELS, width, width, POSE_FEATURES)
 
-    def forward(self, source_latent: Tensor, source: Views, target: Views, pose: Tensor) -> Tensor:
-        """source_latent: [B, C, cells, cells]; pose: [B, POSE_FEATURES]. Returns [B, C, cells, cells]."""
-        rays = [ray_map(views, self.cells).to(source_latent.dtype) for views in (source, target)]
-        return self.unet(torch.cat([source_latent, *rays], dim=1), pose)
+    def forward(self, features: Tensor, source: Views, target: Views, pose: Tensor) -> Tensor:
+        """features: [B, width, cells, cells]; pose: [B, POSE_FEATURES]. Returns the target's, shaped alike."""
+        rays = [ray_map(views, self.cells).to(features.dtype) for views in (source, target)]
+        return self.unet(torch.cat([features, *rays], dim=1), pose)
 
 
 class Lift(nn.Module):
     """Writes a volume on the source's rays, and casts it along the target's, as X-rays cast a body.
 
     The volume's channels are densities of something that the network chooses: their line integrals are what a view is
-    told of a body, and are linear in it, which latents are not. So a last U-Net turns them to the latent.
+    told of a body, and are linear in it, which latents are not. So a last U-Net turns them to features of the latent.
     """
 
-    def __init__(self, latent_channels: int, cells: int, width: int, volume_channels: int) -> None:
+    def __init__(self, cells: int, width: int, volume_channels: int) -> None:
         super().__init__()
         self.cells = cells
-        self.write = UNet(latent_channels + RAY_CHANNELS, volume_channels * cells, width)
+        self.write = UNet(width + RAY_CHANNELS, volume_channels * cells, width)
         self.mix = nn.Sequential(
             _convolution_3d(volume_channels, 2 * volume_channels), _convolution_3d(2 * volume_channels, volume_channels)
         )
-        self.read = UNet(volume_channels + RAY_CHANNELS, latent_channels, width // 2, POSE_FEATURES)
+        self.read = UNet(volume_channels + RAY_CHANNELS, width, width // 2, POSE_FEATURES)
 
-    def forward(self, source_latent: Tensor, source: Views, target: Views, pose: Tensor) -> Tensor:
+    def forward(self, features: Tensor, source: Views, target: Views, pose: Tensor) -> Tensor:
         """As Regression's."""
-        source_rays, target_rays = (ray_map(views, self.cells).to(source_latent.dtype) for views in (source, target))
-        written = self.write(torch.cat([source_latent, source_rays], dim=1)).unflatten(1, (-1, self.cells))
+        source_rays, target_rays = (ray_map(views, self.cells).to(features.dtype) for views in (source, target))
+        written = self.write(torch.cat([features, source_rays], dim=1)).unflatten(1, (-1, self.cells))
         mixed = self.mix(functional.avg_pool3d(written, 2))  # at half the resolution, which is an eighth of the work
         volume = written + functional.interpolate(mixed, scale_factor=2, mode="trilinear")
         return self.read(torch.cat([cast(volume, source, target).to(target_rays), target_rays], dim=1), pose)
