@@ -22,7 +22,8 @@ from svdrr import vae as autoencoder
 from svdrr.data import draw_augmentations, draw_noise, draw_pairs, encode_batch, read_batch
 from svdrr.latents import cached
 from svdrr.shards import open_folder
-from svdrr.train import any_images, fitting_vae, pair_loss, untrained
+from svdrr.tasks import images, pair_losses
+from svdrr.train import fitting_vae, untrained
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ def main() -> None:
     else:
         vae = fitting_vae(options.vae, config)
     vae.requires_grad_(False)
-    autoencoder.measure_latents(vae, any_images(shards, config.stages[0].size, 4, seed=0).split(1))
+    autoencoder.measure_latents(vae, images(shards, config.stages[0].size, draw_pairs(shards, 4, 0, seed=0)).split(1))
     encode = functools.partial(autoencoder.encode, vae)
 
     print("| size | batch | views | read, ms a pair | step, ms a pair | pairs/s | read / step |")
@@ -84,7 +85,7 @@ def main() -> None:
 
 def loss(model: torch.nn.Module, batch, config, stage, seed: int) -> Tensor:
     draws = draw_noise(len(batch.target_latent), batch.target_latent.shape[1:], config.drop_source, seed)
-    return pair_loss(model, batch, draws, config.model.prediction, stage.shift).mean()
+    return pair_losses(model, batch, draws, config.model.prediction, stage.shift).mean()
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def test_a_switch_changes_the_parameters_that_it_names(tiny: TrainConfig, name: 
 def test_trains_a_step_in_which_every_parameter_has_its_part(tiny: TrainConfig, variant: ModelConfig) -> None:
     transformer = awake(tiny, variant)
     latents = torch.randn(3, CHANNELS, CELLS, CELLS, generator=torch.Generator().manual_seed(3))
-    batch = Batch(latents, told(variant), torch.zeros(3, CELLS, CELLS))
+    views = some_views([0.0] * 3, [0.0] * 3)  # which only a coarse branch asks for
+    batch = Batch(latents, told(variant), torch.zeros(3, CELLS, CELLS), views, views)
     draws = draw_noise(3, latents.shape[1:], 0.0, seed=4)._replace(drop=torch.tensor([True, False, False]))
 
     def loss() -> Tensor:

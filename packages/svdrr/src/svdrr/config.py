@@ -1,6 +1,7 @@
 """What decides the weights of a run, as frozen values that go to JSON and back; nothing below the loop takes these."""
 
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from svdrr.errors import InputError
@@ -51,6 +52,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CoarseConfig:
+    """The CoarseMean's shape, which is explained there, and its training, which comes before the transformer's."""
+
+    kind: str
+    cells: int
+    width: int
+    steps: int
+    batch: int
+    learning_rate: float
+    volume_channels: int = 8
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One resolution of the weak-to-strong training. shift: of the noise levels, see flow.draw_sigmas."""
 
@@ -89,6 +103,7 @@ class TrainConfig:
     checkpoint_every: int
     keep_checkpoints: int
     init: str | None = None  # PixArt's weights, which the transformer begins from: a folder or a hub id
+    coarse: CoarseConfig | None = None  # a coarse mean of the target that the transformer is given
     cache_latents: bool = True  # False encodes each batch when it is needed
     spread_weights: bool = False  # over the processes (FSDP), where there are several; else each has all of them
     pretrained_vae: str | None = None  # the digest of `--vae`; None where the run trains its own
@@ -111,6 +126,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
                 raise InputError(f"{where}: {problem} {', '.join(sorted(keys))}; it was written by another svdrr")
         hints = get_type_hints(kind)
         return cast(Any, kind)(**{name: _build(hints[name], value[name], f"{where}.{name}") for name in names})
+    if isinstance(kind, UnionType):
+        present = next(option for option in get_args(kind) if option is not NoneType)
+        return None if value is None else _build(present, value, where)
     if get_origin(kind) is tuple:
         return tuple(_build(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     return value

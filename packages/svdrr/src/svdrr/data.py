@@ -208,16 +208,15 @@ def read_batch(
 class Batch(NamedTuple):
     """What the transformer learns from: target latents [B, C, h, w], and its condition on source and poses.
 
-    target_truncated: [B, h, w], 0 to 1, how much of each cell of the target is marked as truncated.
+    target_truncated: [B, h, w], 0 to 1, how much of each cell of the target is marked as truncated. source, target:
+    the B views.
     """
 
     target_latent: Tensor
     condition: dict[str, Tensor]
     target_truncated: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        told = {name: tensor.to(device) for name, tensor in self.condition.items()}
-        return Batch(self.target_latent.to(device), told, self.target_truncated.to(device))
+    source: Views
+    target: Views
 
 
 def encode_batch(
@@ -233,7 +232,7 @@ def encode_batch(
     place = np.argsort(np.argsort(read.is_image, kind="stable"))  # of each view in `parts`, where images come last
     target, source = torch.cat(parts)[torch.from_numpy(place)].chunk(2)
     views = read.source_views.to(device), read.target_views.to(device)
-    return Batch(target, condition(source, *views, size, absolute_pose), read.target_truncated.to(device))
+    return Batch(target, condition(source, *views, size, absolute_pose), read.target_truncated.to(device), *views)
 
 
 def _views(shards: Sequence[Shard], shard: NDArray[np.int64], view: NDArray[np.int64]) -> Views:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from svdrr import flow
 from svdrr import vae as autoencoder
+from svdrr.coarse import CoarseMean
+from svdrr.errors import InputError
 from svdrr.pose import Views
 from svdrr.transformer import ViewTransformer, condition
 
@@ -49,13 +51,15 @@ class SVDRRPipeline(DiffusionPipeline):
     """Synthesises views of a patient from one view.
 
     size: side in pixels of the images it was trained on last. sdd_mm, sod_mm, detector_mm: the geometry it was trained
-    with. film_line_integrals: the line integrals at FILM_PERCENTILES of the training views from PA.
+    with. film_line_integrals: the line integrals at FILM_PERCENTILES of the training views from PA. coarse: for a
+    transformer that is given a coarse mean, the network that predicts it; raises InputError where only one is there.
 
     Load it by `SVDRRPipeline.from_pretrained(folder)`; the generic `DiffusionPipeline.from_pretrained` does not know
     this class.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "coarse->transformer->vae"
+    _optional_components = ["coarse"]  # noqa: RUF012 - diffusers' own, a list
 
     def __init__(
         self,
@@ -67,9 +71,14 @@ class SVDRRPipeline(DiffusionPipeline):
         sod_mm: float = 1640.0,
         detector_mm: float = 432.0,
         film_line_integrals: list[float] | None = None,
+        coarse: CoarseMean | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        if transformer.config.coarse and coarse is None:
+            raise InputError("this transformer wants a coarse mean: give `coarse`, what it was trained with")
+        if coarse is not None and not transformer.config.coarse:
+            raise InputError("this transformer wants no coarse mean: leave `coarse` out")
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, coarse=coarse)
         self.register_to_config(
             size=size,
             sdd_mm=sdd_mm,
@@ -88,6 +97,7 @@ class SVDRRPipeline(DiffusionPipeline):
         sod_mm: float | None = None,
         detector_mm: float | None = None,
         num_inference_steps: int | None = None,
+        start: float | None = None,
         guidance_scale: float = 1.0,
         image_embedding: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -95,10 +105,14 @@ class SVDRRPipeline(DiffusionPipeline):
         """The views at `targets_deg`, B pairs of (azimuth, elevation), from a source view at `source_deg`.
 
         source: line integrals [1 or B, 1, N, N]. The distances, of source and targets alike, are those of training by
-        default, and so is the number of steps (STEPS). guidance_scale: 1 samples the model as it is; more pushes away
-        from what the null condition gives. image_embedding: [1 or B, E] of the source, for a model that needs it.
-        generator: one for all or one per target; a CPU generator gives the same noise on every device.
+        default, and so is the number of steps (STEPS). start: the sigma, above 0 and up to 1, at which sampling begins
+        with the coarse mean under noise; by default it begins with noise alone, as at 1. guidance_scale: 1 samples the
+        model as it is; more pushes away from what the null condition gives. image_embedding: [1 or B, E] of the source,
+        for a model that needs it. generator: one for all or one per target; a CPU generator gives the same noise on
+        every device. Raises InputError at a `start` that cannot be.
         """
+        if start is not None:
+            self._check_start(start)
         device = self._execution_device
         count = len(targets_deg)
         lengths_mm = (
@@ -115,10 +129,15 @@ class SVDRRPipeline(DiffusionPipeline):
         told = condition(source_latent, source_views, target_views, source.shape[-1], absolute_pose)
         if image_embedding is not None:
             told["image_embedding"] = image_embedding.to(source_latent).expand(count, -1)
+        if self.coarse is not None:
+            coarse_latent = self.coarse(source_latent.to(self.coarse.dtype), source_views, target_views)
+            told["coarse_latent"] = coarse_latent.to(source_latent.dtype)
         null = torch.ones(count, dtype=torch.bool, device=device)
 
         latents = randn_tensor(source_latent.shape, generator, device, source_latent.dtype)
-        self._set_timesteps(num_inference_steps, device)
+        self._set_timesteps(num_inference_steps, 1.0 if start is None else start, device)
+        if start is not None:
+            latents = flow.path(told["coarse_latent"], latents, self.scheduler.sigmas[:1].to(latents))
         for timestep in self.progress_bar(self.scheduler.timesteps):
             timesteps = timestep.expand(count)
             predicted = self.transformer(latents, timesteps, **told)
@@ -128,11 +147,23 @@ class SVDRRPipeline(DiffusionPipeline):
             latents = self.scheduler.step(predicted, timestep, latents).prev_sample
         return SVDRROutput(line_integrals=autoencoder.decode(self.vae, latents.to(self.vae.dtype)))
 
-    def _set_timesteps(self, steps: int | None, device: torch.device) -> None:
+    def _check_start(self, start: float) -> None:
+        if self.coarse is None:
+            raise InputError(
+                f"start={start:g} needs a coarse mean to start from, and this model has none: leave it out"
+            )
+        if self.transformer.config.prediction != "velocity":
+            raise InputError(f"start={start:g} is a flow's, and this model predicts the noise: leave it out")
+        if not 0 < start <= 1:
+            raise InputError(f"start={start:g} is no noise level to start from: give one above 0 and up to 1")
+
+    def _set_timesteps(self, steps: int | None, start: float, device: torch.device) -> None:
         prediction = self.transformer.config.prediction
         steps = STEPS[prediction] if steps is None else steps
         if prediction == "velocity":  # the scheduler's own spacing would begin at less than pure noise
-            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
+            shift = self.scheduler.shift
+            first = start / (shift - (shift - 1) * start)  # which the scheduler's shift takes to `start`
+            self.scheduler.set_timesteps(sigmas=np.linspace(first, first / steps, steps), device=device)
         else:
             self.scheduler.set_timesteps(steps, device=device)
 

@@ -3,6 +3,7 @@
 - config.json: what decides the weights, the data's digest, and the versions that it was started with
 - checkpoints/: the newest states of training
 - vae/, latents/: the finished autoencoder, and every view encoded by it
+- coarse/: the finished coarse branch, where the run has one
 - model/: the finished pipeline
 - log.jsonl: a line per few steps; what was done twice, after a kill, is there twice
 - tensorboard/: the same as curves. samples/: views of patients for validation, synthesised in between
@@ -45,6 +46,7 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.latents = folder / "latents"
         self.vae = folder / "vae"
+        self.coarse = folder / "coarse"
         self.model = folder / "model"
         self.samples = folder / "samples"
         self.tensorboard = folder / "tensorboard"

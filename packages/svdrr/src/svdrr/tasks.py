@@ -1,7 +1,8 @@
 """What each stage of training is: what a step reads, its loss row by row, and what is watched meanwhile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from svdrr import flow, validation
 from svdrr import vae as autoencoder
-from svdrr.config import StageConfig, TrainConfig
+from svdrr.coarse import CoarseMean
+from svdrr.config import CoarseConfig, StageConfig, TrainConfig
 from svdrr.data import (
     Batch,
     Draws,
@@ -26,7 +28,7 @@ from svdrr.latents import Reader, read_images
 from svdrr.loop import Task
 from svdrr.shards import Shard
 
-VAE_STAGE = "vae"
+VAE_STAGE, COARSE_STAGE = "vae", "coarse"
 
 
 @dataclass(frozen=True)
@@ -77,52 +79,130 @@ def vae_task(config: TrainConfig, shards: list[Shard], device: torch.device) -> 
     return Task(VAE_STAGE, settings.steps, settings.batch, settings.learning_rate, read, losses, describe)
 
 
+def coarse_task(config: TrainConfig, settings: CoarseConfig, data: Sequence[Data], shared: Shared) -> Task:
+    """The coarse mean, on the latents of every stage's size in turn."""
+    pairs = [TrainingPairs(config, COARSE_STAGE, settings.batch, of_size) for of_size in data]
+    held_out = [HeldOutPairs(config, of_size) for of_size in data if of_size.val]
+
+    def read(step: int, rows: slice) -> Read:
+        return pairs[step % len(pairs)].read(step, rows)
+
+    def losses(model: nn.Module, read: Read, step: int, rows: slice) -> Tensor:
+        return errors(model, pairs[step % len(pairs)].batch(read))
+
+    def errors(model: nn.Module, batch: Batch) -> Tensor:
+        predicted = model(batch.condition["source_latent"], batch.source, batch.target)
+        return flow.loss(predicted, batch.target_latent, 1 - batch.target_truncated)
+
+    def held_out_errors(model: nn.Module, some: HeldOutPairs, rows: slice) -> Tensor:
+        return errors(model, some.batch(rows))
+
+    def describe(step: int, row: int) -> str:
+        return pairs[step % len(pairs)].describe(step, row)
+
+    def validate(average: nn.Module, done: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for of_size in held_out:
+            found = shared(len(of_size), partial(held_out_errors, average, of_size))
+            values |= {f"{name}_{of_size.size}px": value for name, value in of_size.by_angle(found).items()}
+        return values
+
+    watches = [(config.validate_every, validate)] if held_out else []
+    return Task(COARSE_STAGE, settings.steps, settings.batch, settings.learning_rate, read, losses, describe, watches)
+
+
 def view_task(
-    config: TrainConfig, stage: StageConfig, data: Data, shared: Shared, show: Callable[[Any, int], None]
+    config: TrainConfig,
+    stage: StageConfig,
+    data: Data,
+    coarse: CoarseMean | None,
+    shared: Shared,
+    show: Callable[[Any, int], None],
 ) -> Task:
     """The transformer at one size. show: makes a picture of views by the weights' average, after so many steps."""
     prediction, shift = config.model.prediction, stage.shift
-
-    def seed(step: int) -> int:
-        return step_seed(config.seed, stage.name, step)
-
-    def drawn(step: int) -> Pairs:
-        return draw_pairs(data.train, stage.batch, config.pa_fraction, seed(step))
-
-    def read(step: int, rows: slice) -> Read:
-        augmentations = draw_augmentations(stage.batch, config.augment_fraction, seed(step))[rows]
-        return read_batch(data.train, data.stored_train, drawn(step).rows(rows), augmentations, data.size, data.side)
+    pairs = TrainingPairs(config, stage.name, stage.batch, data)
 
     def losses(model: nn.Module, read: Read, step: int, rows: slice) -> Tensor:
-        batch = encode_batch(read, data.encode, data.size, config.model.absolute_pose, data.device)
-        draws = draw_noise(stage.batch, batch.target_latent.shape[1:], config.drop_source, seed(step))
+        batch = given_coarse(coarse, pairs.batch(read))
+        draws = draw_noise(stage.batch, batch.target_latent.shape[1:], config.drop_source, pairs.seed(step))
         return pair_losses(model, batch, draws.rows(rows), prediction, shift)
 
-    def describe(step: int, row: int) -> str:
-        pairs = drawn(step)
-        return f"{data.train[pairs.shard[row]].path.name}, view {pairs.source[row]} to {pairs.target[row]}"
-
     def validate(average: nn.Module, done: int) -> dict[str, float]:
-        found = shared(config.validation_pairs, lambda rows: validation_losses(average, rows))
-        return validation.by_angle(found, fixed.bin)
+        return held_out.by_angle(shared(len(held_out), lambda rows: validation_losses(average, rows)))
 
     def validation_losses(model: nn.Module, rows: slice) -> Tensor:
-        pairs = fixed.pairs.rows(rows)
-        read = read_batch(data.val, data.stored_val, pairs, [None] * len(pairs.shard), data.size, data.side)
-        batch = encode_batch(read, data.encode, data.size, config.model.absolute_pose, data.device)
-        draws = draw_noise(config.validation_pairs, batch.target_latent.shape[1:], 0.0, validation_seed)
-        return pair_losses(model, batch, draws._replace(quantile=fixed.quantile).rows(rows), prediction, shift)
+        batch = given_coarse(coarse, held_out.batch(rows))
+        return pair_losses(model, batch, held_out.draws(batch, rows), prediction, shift)
 
     def showing(average: nn.Module, done: int) -> dict[str, float]:
         show(average, done)
         return {}
 
-    validation_seed = step_seed(config.seed, "validation", 0)
     watches = []
     if data.val:
-        fixed = validation.fixed_pairs(data.val, config.validation_pairs, config.pa_fraction, validation_seed)
+        held_out = HeldOutPairs(config, data)
         watches = [(config.validate_every, validate), (config.sample_every, showing)]
-    return Task(stage.name, stage.steps, stage.batch, stage.learning_rate, read, losses, describe, watches)
+    return Task(stage.name, stage.steps, stage.batch, stage.learning_rate, pairs.read, losses, pairs.describe, watches)
+
+
+class TrainingPairs:
+    """The pairs that each step of a stage sees."""
+
+    def __init__(self, config: TrainConfig, stage: str, count: int, data: Data) -> None:
+        self._config, self._stage, self._count, self._data = config, stage, count, data
+
+    def seed(self, step: int) -> int:
+        return step_seed(self._config.seed, self._stage, step)
+
+    def _drawn(self, step: int) -> Pairs:
+        return draw_pairs(self._data.train, self._count, self._config.pa_fraction, self.seed(step))
+
+    def read(self, step: int, rows: slice) -> Read:
+        data, pairs = self._data, self._drawn(step).rows(rows)
+        augmentations = draw_augmentations(self._count, self._config.augment_fraction, self.seed(step))[rows]
+        return read_batch(data.train, data.stored_train, pairs, augmentations, data.size, data.side)
+
+    def batch(self, read: Read) -> Batch:
+        data = self._data
+        return encode_batch(read, data.encode, data.size, self._config.model.absolute_pose, data.device)
+
+    def describe(self, step: int, row: int) -> str:
+        pairs = self._drawn(step)
+        return f"{self._data.train[pairs.shard[row]].path.name}, view {pairs.source[row]} to {pairs.target[row]}"
+
+
+class HeldOutPairs:
+    """The pairs of patients for validation, with their noise: the same at every call."""
+
+    def __init__(self, config: TrainConfig, data: Data) -> None:
+        self._config, self._data, self.size = config, data, data.size
+        self._seed = step_seed(config.seed, "validation", 0)
+        self._fixed = validation.fixed_pairs(data.val, config.validation_pairs, config.pa_fraction, self._seed)
+
+    def __len__(self) -> int:
+        return len(self._fixed.bin)
+
+    def batch(self, rows: slice) -> Batch:
+        data, pairs = self._data, self._fixed.pairs.rows(rows)
+        read = read_batch(data.val, data.stored_val, pairs, [None] * len(pairs.shard), data.size, data.side)
+        return encode_batch(read, data.encode, data.size, self._config.model.absolute_pose, data.device)
+
+    def draws(self, batch: Batch, rows: slice) -> Draws:
+        drawn = draw_noise(len(self), batch.target_latent.shape[1:], 0.0, self._seed)
+        return drawn._replace(quantile=self._fixed.quantile).rows(rows)
+
+    def by_angle(self, losses: Tensor) -> dict[str, float]:
+        return validation.by_angle(losses, self._fixed.bin)
+
+
+def given_coarse(coarse: CoarseMean | None, batch: Batch) -> Batch:
+    """The batch with the coarse mean in its condition, where there is one; no gradient goes to what predicts it."""
+    if coarse is None:
+        return batch
+    with torch.no_grad():
+        mean = coarse(batch.condition["source_latent"], batch.source, batch.target)
+    return batch._replace(condition=batch.condition | {"coarse_latent": mean})
 
 
 def pair_losses(model: nn.Module, batch: Batch, draws: Draws, prediction: str, shift: float) -> Tensor:

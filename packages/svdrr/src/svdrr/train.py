@@ -1,5 +1,7 @@
 """Shards in, a model out: the autoencoder, its latents, then the transformer from weak to strong resolution.
 
+Where the model has a coarse branch, that is trained before the transformer, and stays as it is from then on.
+
 The same command goes on where a run was stopped, however that happened. On a CPU it ends in the same weights, bit for
 bit.
 """
@@ -21,7 +23,8 @@ from torch import Tensor
 from svdrr import metrics, pixart, processes, validation
 from svdrr import vae as autoencoder
 from svdrr.checkpoint import Checkpoint, latest
-from svdrr.config import StageConfig, TrainConfig
+from svdrr.coarse import CoarseMean
+from svdrr.config import CoarseConfig, StageConfig, TrainConfig
 from svdrr.data import draw_pairs, step_seed, training_shards
 from svdrr.errors import InputError
 from svdrr.latents import Reader, cached
@@ -31,7 +34,7 @@ from svdrr.processes import gathered, on_main
 from svdrr.run import Run, open_run, whole_folder
 from svdrr.shards import Shard, open_folder
 from svdrr.stop import StoppedError, StopRequest
-from svdrr.tasks import VAE_STAGE, Data, images, vae_task, view_task
+from svdrr.tasks import COARSE_STAGE, VAE_STAGE, Data, coarse_task, images, vae_task, view_task
 from svdrr.transformer import ViewTransformer
 
 SHOWN_PATIENTS, SHOWN_DEG = 2, [(-90.0, 0.0), (-45.0, 0.0), (45.0, 0.0), (90.0, 0.0)]
@@ -125,6 +128,9 @@ class Session:
         codes = gathered(self.accelerator, torch.tensor([code]))
         self.stop.obey(int(codes.max()), where)
 
+    def shared(self, count: int, values: Callable[[slice], Tensor]) -> Tensor:
+        return processes.shared(self.accelerator, count, self.at_once, values)
+
     @property
     def habits(self) -> Habits:
         config = self.config
@@ -144,7 +150,7 @@ class Session:
 
 def stage_names(config: TrainConfig) -> list[str]:
     """The stages in their order."""
-    return [VAE_STAGE, *(stage.name for stage in config.stages)]
+    return [VAE_STAGE, *([COARSE_STAGE] if config.coarse else []), *(stage.name for stage in config.stages)]
 
 
 def train_stages(session: Session, vae: str | None, only: str | None) -> None:
@@ -160,7 +166,8 @@ def train_stages(session: Session, vae: str | None, only: str | None) -> None:
             return
         raise InputError(f"stage {only} is not the next of {run.folder}: train --stage {upcoming} first")
 
-    transformer = untrained(config, session.say)  # first: what is wrong with its `init` costs no autoencoder's training
+    # first, for what is wrong with these costs no autoencoder's training
+    transformer, coarse = untrained(config, session.say), untrained_coarse(config)
     if upcoming == VAE_STAGE:
         keep_vae(session, train_vae(session, checkpoint) if vae is None else fitting_vae(vae, config))
         if only == VAE_STAGE:
@@ -168,14 +175,20 @@ def train_stages(session: Session, vae: str | None, only: str | None) -> None:
     used = AutoencoderKL.from_pretrained(run.vae).to(session.accelerator.device).requires_grad_(False)
     if not config.model.scaled_source:
         unscale_source(transformer, used)
+    if config.coarse is not None and coarse is not None:
+        if not run.coarse.is_dir():
+            train_coarse(session, config.coarse, used, coarse, checkpoint)
+        if only == COARSE_STAGE:
+            return
+        coarse = CoarseMean.from_pretrained(run.coarse).to(session.accelerator.device).requires_grad_(False)
     names = [stage.name for stage in config.stages]
     first = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
     for stage in config.stages[first:]:
-        transformer = train_stage(session, stage, used, transformer, checkpoint)
+        transformer = train_stage(session, stage, used, coarse, transformer, checkpoint)
         if stage.name == only != names[-1]:
             return
     if session.accelerator.is_main_process:
-        save_pipeline(session, used, transformer)
+        save_pipeline(session, used, coarse, transformer)
     session.say(f"{run.folder} is finished: its model is {run.model}")
 
 
@@ -183,7 +196,9 @@ def next_stage(config: TrainConfig, run: Run, checkpoint: Checkpoint | None) -> 
     """The name of the first stage that is not done; the last one, where only its model is left to be saved."""
     if not run.vae.is_dir():
         return VAE_STAGE
-    if checkpoint is None or checkpoint.stage == VAE_STAGE:
+    if config.coarse is not None and not run.coarse.is_dir():
+        return COARSE_STAGE
+    if checkpoint is None or checkpoint.stage in (VAE_STAGE, COARSE_STAGE):
         return config.stages[0].name
     names = [stage.name for stage in config.stages]
     index = names.index(checkpoint.stage)
@@ -254,12 +269,24 @@ def untrained(config: TrainConfig, say: Callable[[str], None] = lambda words: No
     settings = asdict(config.model)
     del settings["scaled_source"]  # which is known when the autoencoder is: see unscale_source
     torch.manual_seed(step_seed(config.seed, config.stages[0].name, -1))
-    transformer = ViewTransformer(latent_channels=config.vae.latent_channels, **settings)
+    has_coarse = config.coarse is not None
+    transformer = ViewTransformer(latent_channels=config.vae.latent_channels, coarse=has_coarse, **settings)
     if config.init is not None:
         loaded = pixart.load(transformer, config.init)
         new, unused = (", ".join(names) or "nothing" for names in loaded)
         say(f"begun from {config.init}; new: {new}; not used: {unused}")
     return transformer
+
+
+def untrained_coarse(config: TrainConfig) -> CoarseMean | None:
+    """The coarse branch as its training starts with it; None where there is none. Raises InputError: see there."""
+    if config.coarse is None:
+        return None
+    settings = config.coarse
+    torch.manual_seed(step_seed(config.seed, COARSE_STAGE, -1))
+    return CoarseMean(
+        settings.kind, config.vae.latent_channels, settings.cells, settings.width, settings.volume_channels
+    )
 
 
 def unscale_source(transformer: ViewTransformer, vae: AutoencoderKL) -> None:
@@ -268,10 +295,24 @@ def unscale_source(transformer: ViewTransformer, vae: AutoencoderKL) -> None:
     transformer.register_to_config(source_scale=1 / vae.config.scaling_factor, source_shift=shift)
 
 
+def train_coarse(
+    session: Session, settings: CoarseConfig, vae: AutoencoderKL, start: CoarseMean, checkpoint: Checkpoint | None
+) -> None:
+    """Trains the coarse branch, and leaves it in the run's folder."""
+    data = [latents_of(session, stage, vae) for stage in session.config.stages]
+    task = coarse_task(session.config, settings, data, session.shared)
+    coarse = fit(task, session.habits, start, checkpoint, session.accelerator, session.stop)
+    if session.accelerator.is_main_process:
+        with whole_folder(session.run.coarse) as partial:
+            coarse.save_pretrained(partial)
+    session.meet(session.stop.code, "the coarse branch")
+
+
 def train_stage(
     session: Session,
     stage: StageConfig,
     vae: AutoencoderKL,
+    coarse: CoarseMean | None,
     start: ViewTransformer,
     checkpoint: Checkpoint | None,
 ) -> ViewTransformer:
@@ -279,19 +320,16 @@ def train_stage(
     config, run, accelerator = session.config, session.run, session.accelerator
     blocks = list(start.blocks) if config.spread_weights else []
 
-    def shared(count: int, values: Callable[[slice], Tensor]) -> Tensor:
-        return processes.shared(accelerator, count, session.at_once, values)
-
     def show(average: ViewTransformer, done: int) -> None:
         if not (accelerator.is_main_process or blocks):  # whose forward pass is everybody's
             return
-        pipeline = pipeline_of(session, stage, vae, average)
+        pipeline = pipeline_of(session, stage, vae, coarse, average)
         pipeline.set_progress_bar_config(disable=True)
         picture = validation.sample_grid(pipeline, session.val_shards[:SHOWN_PATIENTS], SHOWN_DEG, config.seed)
         if accelerator.is_main_process:
             run.show(stage.name, done, picture)
 
-    task = view_task(config, stage, latents_of(session, stage, vae), shared, show)
+    task = view_task(config, stage, latents_of(session, stage, vae), coarse, session.shared, show)
     return fit(task, session.habits, start, checkpoint, accelerator, session.stop, blocks)
 
 
@@ -326,6 +364,7 @@ def pipeline_of(
     session: Session,
     stage: StageConfig,
     vae: AutoencoderKL,
+    coarse: CoarseMean | None,
     transformer: ViewTransformer,
     film_line_integrals: list[float] | None = None,
 ) -> SVDRRPipeline:
@@ -333,6 +372,7 @@ def pipeline_of(
     first = session.train_shards[0]  # all have the same geometry
     return SVDRRPipeline(
         vae=vae,
+        coarse=coarse,
         transformer=transformer,
         scheduler=scheduler(transformer.config.prediction, stage.shift),
         size=stage.size,
@@ -343,11 +383,13 @@ def pipeline_of(
     )
 
 
-def save_pipeline(session: Session, vae: AutoencoderKL, transformer: ViewTransformer) -> None:
+def save_pipeline(
+    session: Session, vae: AutoencoderKL, coarse: CoarseMean | None, transformer: ViewTransformer
+) -> None:
     """Leaves the finished pipeline in the run's folder `model`, which marks the run as finished."""
     stage = session.config.stages[-1]
     from_pa = [shard.images(stage.size, [shard.nearest_view(0, 0)]) for shard in session.train_shards]
-    pipeline = pipeline_of(session, stage, vae, transformer, np.percentile(from_pa, FILM_PERCENTILES).tolist())
+    pipeline = pipeline_of(session, stage, vae, coarse, transformer, np.percentile(from_pa, FILM_PERCENTILES).tolist())
     with whole_folder(session.run.model) as partial:
         pipeline.save_pretrained(partial)
 

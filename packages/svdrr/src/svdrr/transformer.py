@@ -41,6 +41,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
     pose_modulation: the pose sets the scales of every block together with the time.
     qk_norm, cross_norm: RMS norm of queries and keys; layer norm before cross-attention.
     pixart_positions: positions are coded as PixArt's weights know them. norm_eps: of layer norms without weights.
+    coarse: a coarse mean of the target's latent (see coarse.py) is to come with the source's.
     """
 
     @register_to_config
@@ -64,6 +65,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         cross_norm: bool = True,
         pixart_positions: bool = False,
         norm_eps: float = 1e-5,
+        coarse: bool = False,
     ) -> None:
         super().__init__()
         if prediction not in flow.OBJECTIVES:
@@ -76,7 +78,8 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         source_size = image_embedding or width
         self.patch = nn.Linear(area * latent_channels, width)
         # the second stream and the rays start silent, and are learned as far as they help
-        self.patch_condition = _zeroed(nn.Linear(area * (latent_channels + 2 * ray_channels), width, bias=False))
+        beside = latent_channels + 2 * ray_channels + (latent_channels if coarse else 0)
+        self.patch_condition = _zeroed(nn.Linear(area * beside, width, bias=False))
         if not image_embedding:
             self.source_stem = _perceptron(area * (latent_channels + ray_channels), width)
             self.source_norm = nn.LayerNorm(width)
@@ -86,6 +89,8 @@ class ViewTransformer(ModelMixin, ConfigMixin):
             self.pose_token = _perceptron(pose_size, width)
         self.null_token = nn.Parameter(torch.zeros(source_size))
         self.null_latent = nn.Parameter(torch.zeros(latent_channels))
+        if coarse:
+            self.null_coarse = nn.Parameter(torch.zeros(latent_channels))
 
         self.time_embedding = _perceptron(TIME_FEATURES, width)
         if pose_modulation:
@@ -106,14 +111,16 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         target_rays: Tensor,
         pose: Tensor,
         image_embedding: Tensor | None = None,
+        coarse_latent: Tensor | None = None,
         drop_source: Tensor | None = None,
     ) -> Tensor:
         """The prediction [B, C, h, w] at `hidden_states` [B, C, h, w] and `timestep` [B], 0 to flow.NUM_TIMESTEPS.
 
         source_latent: [B, C, h, w], normalised like the target's. source_rays, target_rays: [B, 6, h, w] of
         pose.ray_map. pose: [B, P], as `condition` makes it. image_embedding: [B, E], for a model that was made for it.
-        drop_source: [B] bool; where true, both streams of the source are replaced by the learned null condition that
-        guidance subtracts; the poses stay. Raises InputError without an image_embedding that the model needs.
+        coarse_latent: [B, C, h, w], likewise. drop_source: [B] bool; where true, both streams of the source, and what
+        was predicted from it, are replaced by the learned null condition that guidance subtracts; the poses stay.
+        Raises InputError without an image_embedding or a coarse_latent that the model needs.
         """
         rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
         width, device = self.final_modulation.shape[1], hidden_states.device
@@ -143,9 +150,17 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         else:
             context = torch.cat([source, self.pose_token(pose)[:, None]], dim=1)
 
-        # stream 2: the source latent beside the noisy one, with the rays of both views
-        beside = torch.cat([source_latent, source_rays, target_rays], dim=1)
-        tokens = self.patch(self._patches(hidden_states)) + self.patch_condition(self._patches(beside)) + position
+        # stream 2: the source latent beside the noisy one, with the rays of both views, and the coarse mean
+        beside = [source_latent, source_rays, target_rays]
+        if self.config.coarse:
+            if coarse_latent is None:
+                raise InputError("this model needs a coarse_latent like the source's: svdrr.coarse predicts it")
+            if drop_source is not None:
+                null_coarse = self.null_coarse[:, None, None]
+                coarse_latent = torch.where(drop_source[:, None, None, None], null_coarse, coarse_latent)
+            beside.append(coarse_latent)
+        beside_tokens = self.patch_condition(self._patches(torch.cat(beside, dim=1)))
+        tokens = self.patch(self._patches(hidden_states)) + beside_tokens + position
 
         # time and pose set the scales of every block
         embedding = self.time_embedding(time_code(timestep))
