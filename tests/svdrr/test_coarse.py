@@ -113,7 +113,7 @@ def test_both_kinds_hear_the_source_and_both_views_at_any_resolution(kind: str) 
 def test_both_kinds_learn_more_than_the_mean(kind: str, shards: Path) -> None:
     """The views themselves, at 8 x 8 and of variance 1, stand for latents: the error of their mean is 1.
 
-    After these 30 steps a sixth of it is left, after 60 a tenth; the bound is twice the sixth.
+    After these 30 steps a sixth of it is left; the bound is twice that.
     """
     opened = open_folder(shards)
     images = torch.from_numpy(np.stack([shard.images(16) for shard in opened]))
