@@ -120,7 +120,7 @@ def a_batch(shards: list[Shard], stored: Reader, count: int, seed: int) -> Batch
 def test_both_kinds_learn_more_than_the_mean(kind: str, shards: Path) -> None:
     """The views themselves, at 8 x 8 and of variance 1, stand for latents: the error of their mean is 1.
 
-    After these 30 steps a sixth of it is left, after 60 a tenth; the bound is twice the sixth.
+    After these 30 steps a sixth of it is left; the bound is twice that.
     """
     opened = open_folder(shards)
     images = torch.from_numpy(np.stack([shard.images(16) for shard in opened]))

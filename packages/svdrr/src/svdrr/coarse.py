@@ -98,7 +98,8 @@ class Lift(nn.Module):
         """As Regression's."""
         source_rays, target_rays = (ray_map(views, self.cells).to(features.dtype) for views in (source, target))
         written = self.write(torch.cat([features, source_rays], dim=1)).unflatten(1, (-1, self.cells))
-        mixed = self.mix(functional.avg_pool3d(written, 2))  # at half the resolution, which is an eighth of the work
+        # at half the resolution, which is an eighth of the work
+        mixed = self.mix(functional.interpolate(written, scale_factor=0.5, mode="area"))
         volume = written + functional.interpolate(mixed, scale_factor=2, mode="trilinear")
         return self.read(torch.cat([cast(volume, source, target).to(target_rays), target_rays], dim=1), pose)
 
