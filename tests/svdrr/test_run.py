@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
@@ -87,7 +89,20 @@ def test_where_the_model_is(tiny: TrainConfig, tmp_path: Path) -> None:
 
 def test_the_log_is_a_json_object_per_line(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.log(step=1, loss=0.5)
-    run.log(step=2)
+    run.log("64px", 1, loss=0.5)
+    run.log("64px", 2, loss=0.25, learning_rate=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
+    assert [(line["stage"], line["step"], line["loss"]) for line in lines] == [("64px", 1, 0.5), ("64px", 2, 0.25)]
+
+
+def test_curves_and_pictures_are_for_tensorboard_too(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, picture = Run(tmp_path), np.arange(64, dtype=np.uint8).reshape(8, 8)
+    run.log("64px", 3, loss=0.5)
+    run.show("64px", 4, picture)
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [(point.step, point.value) for point in events.Scalars("64px/loss")] == [(3, 0.5)]
+    assert [image.step for image in events.Images("64px/samples")] == [4]
+    with Image.open(run.samples / "64px-0000004.png") as image:
+        assert np.array_equal(np.asarray(image), picture)

@@ -13,12 +13,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
-from torch import nn
 
 from svdrr import vae as autoencoder
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
-from svdrr.loop import schedule, update_average
 from svdrr.pipeline import SVDRRPipeline
 from svdrr.presets import preset
 from svdrr.shards import open_folder
@@ -321,20 +319,3 @@ def test_sigint_saves_and_stops(tiny: TrainConfig, shards: Path, tmp_path: Path)
     assert stopped.value.code == 128 + signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is handler
     assert list((tmp_path / "run/checkpoints").glob("*.safetensors"))
-
-
-def test_the_learning_rate_warms_up_and_decays() -> None:
-    rates = [schedule(step, 100, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] > 0.97
-    assert rates[99] < 0.001
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-
-
-def test_the_average_of_the_weights() -> None:
-    average, model = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    nn.init.constant_(average.weight, 1.0)
-    nn.init.constant_(model.weight, 3.0)
-    update_average(average, model, decay=0.75)
-    assert average.weight.item() == 1.5

@@ -226,13 +226,15 @@ def encode_batch(
 
     size: of the images, in pixels. absolute_pose: as in transformer.condition.
     """
-    parts = [] if read.latents is None else [read.latents.to(device)]
-    if len(read.images):
-        parts.append(encoded(read.images, encode).to(device))
-    place = np.argsort(np.argsort(read.is_image, kind="stable"))  # of each view in `parts`, where images come last
-    target, source = torch.cat(parts)[torch.from_numpy(place)].chunk(2)
-    views = read.source_views.to(device), read.target_views.to(device)
-    return Batch(target, condition(source, *views, size, absolute_pose), read.target_truncated.to(device), *views)
+    place = np.argsort(np.argsort(read.is_image, kind="stable"))  # of each view among the parts: images come last
+    with torch.autocast(device.type, enabled=False):  # neither latents nor directions are to have 8 bits
+        parts = [] if read.latents is None else [read.latents.to(device)]
+        if len(read.images):
+            parts.append(encoded(read.images, encode).to(device))
+        target, source = torch.cat(parts)[torch.from_numpy(place)].chunk(2)
+        views = read.source_views.to(device), read.target_views.to(device)
+        told = condition(source, *views, size, absolute_pose)
+    return Batch(target, told, read.target_truncated.to(device), *views)
 
 
 def _views(shards: Sequence[Shard], shard: NDArray[np.int64], view: NDArray[np.int64]) -> Views:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from svdrr.stop import StopRequest
 
 BETAS = (0.9, 0.95)
 """Of AdamW. A short memory of the gradients' size, as is usual for transformers; it pays most in short runs."""
+
+READ_AHEAD = 4
+"""Steps, and threads: decoding and augmenting images takes longer than a GPU's step, reading latents far less."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -202,18 +206,21 @@ def fit(
 
 
 def ahead(read: Callable[[int, slice], Any], first: int, steps: int, rows: Sequence[slice]) -> Generator[list[Any]]:
-    """What each step reads, piece by piece, made in a thread while the step before it is computed."""
+    """What each step reads, piece by piece, made in threads while the READ_AHEAD steps before it are computed."""
 
     def batch(step: int) -> list[Any]:
         return [read(step, piece) for piece in rows]
 
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = [reader.submit(batch, step) for step in range(first, min(first + 1, steps))]
-        for step in range(first, steps):
-            now = upcoming.pop().result()
-            if step + 1 < steps:
-                upcoming.append(reader.submit(batch, step + 1))
-            yield now
+    with ThreadPoolExecutor(READ_AHEAD) as readers:
+        waiting = deque(readers.submit(batch, step) for step in range(first, min(first + READ_AHEAD, steps)))
+        try:
+            for step in range(first + READ_AHEAD, steps + READ_AHEAD):
+                yield waiting.popleft().result()
+                if step < steps:
+                    waiting.append(readers.submit(batch, step))
+        finally:
+            for one in waiting:
+                one.cancel()
 
 
 def schedule(step: int, steps: int, warmup_steps: int) -> float:

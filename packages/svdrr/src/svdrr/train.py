@@ -340,8 +340,7 @@ def latents_of(session: Session, stage: StageConfig, vae: AutoencoderKL) -> Data
     codes = [0]
 
     def encode(images: Tensor) -> Tensor:
-        with torch.autocast(accelerator.device.type, enabled=False):  # as exact within a step as before it
-            return autoencoder.encode(vae, images.to(accelerator.device))
+        return autoencoder.encode(vae, images.to(accelerator.device))
 
     def is_over() -> bool:
         codes.append(session.stop.code)
