@@ -89,15 +89,11 @@ def test_two_processes_are_one(toy: TrainConfig, home: Path) -> None:  # noqa: F
 
 @pytest.mark.slow
 def test_what_is_wrong_is_said_once(toy: TrainConfig, home: Path) -> None:  # noqa: F811
-    for more, cure in [
-        (["--shards", "nowhere"], "give --shards the folder"),
-        (["--stage", "8px"], "--stage is one of"),
-    ]:
-        wrong = launch(home, toy, "wrong", *more)
-        words = wrong.communicate()[1]
-        assert wrong.returncode != 0
-        assert words.count(cure) == 1, words
-        assert "Traceback" not in words.split("torch.distributed.elastic")[0], words
+    wrong = launch(home, toy, "wrong", "--shards", "nowhere")
+    words = wrong.communicate()[1]
+    assert wrong.returncode != 0
+    assert words.count("give --shards the folder") == 1, words
+    assert "packages/svdrr" not in words, words  # of no trace
     odd = replace(toy, stages=tuple(replace(stage, batch=3) for stage in toy.stages))
     words = launch(home, odd, "odd").communicate()[1]
-    assert "batches of 3, which 2 processes cannot share evenly" in words
+    assert words.count("batches of 3, which 2 processes cannot share evenly") == 1, words

@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from svdrr.config import TrainConfig
+from svdrr.config import TrainConfig, read_config
 from svdrr.errors import InputError
 from svdrr.presets import PRESETS, preset
 
@@ -37,6 +38,28 @@ def test_refuses_unknown_and_missing_keys(tiny: TrainConfig) -> None:
     del values["vae"]["crop"]
     with pytest.raises(InputError, match=r"config.vae: missing crop"):
         TrainConfig.from_json(values)
+
+
+def test_a_file_of_settings_is_read_or_what_is_wrong_is_said(tiny: TrainConfig, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(tiny.to_json()))
+    assert read_config(path) == tiny
+    for part, value, words in [
+        ("seed", "zero", "mine.json.seed is 'zero', not int"),
+        ("stages", 3, "mine.json.stages is 3, not a list"),
+        ("vae", None, "mine.json.vae is None, not a table"),
+        ("pa_fraction", True, "mine.json.pa_fraction is True, not float"),
+        ("init", 3, "mine.json.init is 3, not str"),
+    ]:
+        path.write_text(json.dumps(tiny.to_json() | {part: value}))
+        with pytest.raises(InputError, match=words):
+            read_config(path)
+    for text in ("", "[]"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"mine\.json"):
+            read_config(path)
+    with pytest.raises(InputError, match="nowhere"):
+        read_config(tmp_path / "nowhere")
 
 
 def test_is_frozen_and_comparable(tiny: TrainConfig) -> None:

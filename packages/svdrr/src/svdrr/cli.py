@@ -27,7 +27,10 @@ def train_command(
         str | None, typer.Option(help="A trained autoencoder's folder or Hub id, instead of training one.")
     ] = None,
     max_minutes: Annotated[float | None, typer.Option(min=0, help="Save and stop after this time.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of everything random; 0 by default.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="A file as --dry-run prints it, instead of a preset's settings.")
+    ] = None,
     init: Annotated[str | None, typer.Option(help="PixArt's weights to begin from: a folder or a hub id.")] = None,
     stage: Annotated[str | None, typer.Option(help="Train this one only: vae, or a size as 256px.")] = None,
     at_once: Annotated[
@@ -40,8 +43,10 @@ def train_command(
     from dataclasses import replace
 
     from svdrr import presets
+    from svdrr.config import read_config
 
-    config = replace(presets.preset(preset, seed), init=init)
+    config = presets.preset(preset, seed or 0) if settings is None else read_config(settings)
+    config = replace(config, seed=config.seed if seed is None else seed, init=init or config.init, pretrained_vae=None)
     if dry_run:
         typer.echo(json.dumps(config.to_json(), indent=2))
         return

@@ -1,6 +1,8 @@
 """What decides the weights of a run, as frozen values that go to JSON and back; nothing below the loop takes these."""
 
+import json
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
@@ -118,8 +120,19 @@ class TrainConfig:
         return _build(cls, values, "config")
 
 
+def read_config(path: Path) -> TrainConfig:
+    """The settings in a JSON file, as `svdrr train --dry-run` prints them. Raises InputError saying what is wrong."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} holds no settings ({error}): write some with `svdrr train --dry-run`") from error
+    return _build(TrainConfig, values, str(path))
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} is {value!r}, not a table of settings")
         names = {field.name for field in fields(kind)}
         for problem, keys in (("unknown", set(value) - names), ("missing", names - set(value))):
             if keys:
@@ -130,5 +143,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         present = next(option for option in get_args(kind) if option is not NoneType)
         return None if value is None else _build(present, value, where)
     if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{where} is {value!r}, not a list")
         return tuple(_build(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise InputError(f"{where} is {value!r}, not {kind.__name__}")
     return value

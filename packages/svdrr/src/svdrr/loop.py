@@ -102,7 +102,7 @@ def fit(
     blocks: parts of the model whose weights are spread over the processes (FSDP); none: each process has all (DDP).
     Raises StoppedError, with everything saved, where it was asked to stop, and InputError where a loss is no number.
     """
-    rows = my_rows(accelerator, task.batch, habits.at_once, f"stage {task.name}")
+    rows = my_rows(accelerator, task.batch, habits.at_once)
     model = model.to(accelerator.device).requires_grad_(True).train()
     average = copy.deepcopy(model).requires_grad_(False).eval()
     result = average

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,7 @@ def accelerator(mixed_precision: str) -> Accelerator:
 
     Raises InputError for a precision that this machine does not have.
     """
+    AcceleratorState._reset_state()  # a run before this one, in the same process, may have had another precision
     try:
         return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
     except ValueError as error:
@@ -48,17 +50,9 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     return result
 
 
-def my_rows(accelerator: Accelerator, batch: int, at_once: int | None, what: str) -> list[slice]:
-    """Which rows of a batch are this process's, in pieces of at most `at_once`.
-
-    Raises InputError where the batch cannot be shared evenly.
-    """
-    count = accelerator.num_processes
-    share, rest = divmod(batch, count)
-    if rest:
-        raise InputError(
-            f"{what} has batches of {batch}, which {count} processes cannot share evenly: start another number"
-        )
+def my_rows(accelerator: Accelerator, batch: int, at_once: int | None) -> list[slice]:
+    """Which rows of a batch, that all processes can share evenly, are this one's, in pieces of at most `at_once`."""
+    share = batch // accelerator.num_processes
     begin, end = accelerator.process_index * share, (accelerator.process_index + 1) * share
     step = min(at_once or share, share)
     return [slice(first, min(first + step, end)) for first in range(begin, end, step)]

@@ -62,18 +62,13 @@ def train(
     Raises InputError for shards that cannot be trained on, a `vae` that does not fit or an `out` that holds another
     run, and SystemExit(128 + signal) after a clean stop by SIGINT or SIGTERM.
     """
-    if config.model.image_embedding:
-        raise InputError(
-            f"the model of {config.preset} needs a frozen CLIP encoder, which this version does not have: "
-            "choose another --preset (docs/training.md says what this one is good for)"
-        )
-    if only is not None and only not in (names := stage_names(config)):
-        raise InputError(f"no stage {only!r} in {config.preset}: --stage is one of {', '.join(names)}")
     accelerator = processes.accelerator(config.mixed_precision)
     torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # CUDA has none for some of what we use
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly guard
 
-    config, run, train_shards, val_shards = on_main(accelerator, lambda: begin(config, shards_folder, out, vae))
+    config, run, train_shards, val_shards = on_main(
+        accelerator, lambda: begin(config, shards_folder, out, vae, only, accelerator.num_processes)
+    )
     with contextlib.ExitStack() as stack:
         session = Session(
             config, run, accelerator, stack.enter_context(StopRequest(max_minutes)), train_shards, val_shards, at_once
@@ -94,9 +89,23 @@ def train(
 
 
 def begin(
-    config: TrainConfig, shards_folder: Path, out: Path | None, vae: str | None
+    config: TrainConfig, shards_folder: Path, out: Path | None, vae: str | None, only: str | None, num_processes: int
 ) -> tuple[TrainConfig, Run, list[Shard], list[Shard]]:
     """Everything that can be wrong is found here, before anything is written: the run, its shards, its whole config."""
+    if config.model.image_embedding:
+        raise InputError(
+            f"the model of {config.preset} needs a frozen CLIP encoder, which this version does not have: "
+            "choose another --preset (docs/training.md says what this one is good for)"
+        )
+    if only is not None and only not in (names := stage_names(config)):
+        raise InputError(f"no stage {only!r} in {config.preset}: --stage is one of {', '.join(names)}")
+    batches = [config.vae.batch, *(stage.batch for stage in config.stages)]
+    for batch in batches + ([config.coarse.batch] if config.coarse else []):
+        if batch % num_processes:
+            raise InputError(
+                f"{config.preset} has batches of {batch}, which {num_processes} processes cannot share evenly: "
+                "start another number of them"
+            )
     train_shards, val_shards = training_shards(open_folder(shards_folder))
     for shard in train_shards + val_shards:
         for stage in config.stages:
