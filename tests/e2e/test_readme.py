@@ -20,7 +20,7 @@ from svdrr.train import train
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("packages/*/README.md"), *ROOT.glob("docs/**/*.md")]
 COMMANDS = [
-    pytest.param(match[1], match[2].split("#")[0].split(), id=f"{path.relative_to(ROOT)}: {match[0]}")
+    pytest.param(match[1], re.split("[#>]", match[2])[0].split(), id=f"{path.relative_to(ROOT)}: {match[0]}")
     for path in DOCUMENTS
     for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
     for match in re.finditer(r"^(drrgen|svdrr) ([a-z].*)$", block, re.MULTILINE)
