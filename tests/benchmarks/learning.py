@@ -73,6 +73,11 @@ VARIANTS = {
         pooled_source=True, ray_maps=False, absolute_pose=False, pose_modulation=False, scaled_source=False
     ),
     "strong only": Variant(lambda config: replace(config, stages=config.stages[-1:])),
+    "weak for longer": Variant(  # of toy's time about half, instead of a sixth
+        lambda config: replace(
+            config, stages=(replace(config.stages[0], steps=6 * config.stages[0].steps), *config.stages[1:])
+        )
+    ),
     "one pooled token": model(pooled_source=True),
     "no ray maps": model(ray_maps=False),
     "relative pose only": model(absolute_pose=False),
