@@ -35,7 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from svdrr import baselines, metrics, presets
 from svdrr import vae as autoencoder
-from svdrr.config import TrainConfig
+from svdrr.config import CoarseConfig, TrainConfig
 from svdrr.data import splits
 from svdrr.pipeline import SVDRRPipeline
 from svdrr.run import model_folder
@@ -51,7 +51,7 @@ RIDGE_LAMBDAS = [10.0**power for power in range(-5, 2)]
 """Of the mean eigenvalue of the sources' covariance."""
 
 MEASURED_STEPS = 24
-MEASURED_TIMES = 5
+MEASURED_TIMES = 3
 PACKAGES = ["torch", "diffusers", "numpy"]
 
 
@@ -67,6 +67,11 @@ def model(**switches: Any) -> Variant:
     return Variant(lambda config: replace(config, model=replace(config.model, **switches)))
 
 
+def coarse(kind: str, width: int, **sampling: Any) -> Variant:
+    branch = CoarseConfig(kind, cells=16, width=width, steps=800, batch=16, learning_rate=3e-3, volume_channels=4)
+    return Variant(lambda config: replace(config, coarse=branch), sampling)
+
+
 VARIANTS = {
     REFERENCE: model(),
     "paper conditioning": model(
@@ -78,6 +83,10 @@ VARIANTS = {
             config, stages=(replace(config.stages[0], steps=6 * config.stages[0].steps), *config.stages[1:])
         )
     ),
+    "coarse: regression": coarse("regression", 24),
+    "coarse: regression started at 0.9": coarse("regression", 24, start=0.9),
+    "coarse: lift": coarse("lift", 16),
+    "coarse: lift started at 0.9": coarse("lift", 16, start=0.9),
     "one pooled token": model(pooled_source=True),
     "no ray maps": model(ray_maps=False),
     "relative pose only": model(absolute_pose=False),
@@ -259,10 +268,18 @@ class Bench:
         config = replace(config, stages=tuple(replace(stage, steps=1) for stage in config.stages))
         return train(config, self.shards, folder)
 
-    def one_step_s(self, config: TrainConfig, size: int, vae: Path) -> float:
-        """Seconds of a step of this size by one core, from one update of the weights to the next: the median."""
-        stage = next(stage for stage in config.stages if stage.size == size)
-        config = replace(config, stages=(replace(stage, steps=MEASURED_STEPS),))
+    def one_step_s(self, config: TrainConfig, size: int | None, vae: Path) -> float:
+        """Seconds of a step by one core, from one update of the weights to the next. size: None is the coarse branch.
+
+        The median; of the coarse branch, whose steps see all sizes in turn, the mean but for the slowest tenth.
+        """
+        if size is None:
+            coarse = replace(config.coarse, steps=MEASURED_STEPS)
+            config = replace(config, coarse=coarse, stages=tuple(replace(stage, steps=1) for stage in config.stages))
+        else:
+            stage = next(stage for stage in config.stages if stage.size == size)
+            coarse = None if config.coarse is None else replace(config.coarse, steps=1)
+            config = replace(config, coarse=coarse, stages=(replace(stage, steps=MEASURED_STEPS),))
         folder = self.out / "measure"
         shutil.rmtree(folder, ignore_errors=True)
         updates: list[float] = []
@@ -271,7 +288,9 @@ class Bench:
             train(config, self.few, folder, vae=str(vae))
         finally:
             hook.remove()
-        return float(np.median(np.diff(updates)))
+        of_task = updates[:MEASURED_STEPS] if size is None else updates[-MEASURED_STEPS:]
+        taken = np.sort(np.diff(of_task))
+        return float(taken[: round(0.9 * len(taken))].mean() if size is None else np.median(taken))
 
     def step_s(self, config: TrainConfig, reference: TrainConfig, size: int, vae: Path) -> float:
         """Seconds of a step: the reference's, times the ratio of both, for which they are measured in turns.
@@ -296,8 +315,29 @@ class Bench:
     def filled(self, config: TrainConfig, reference: TrainConfig, vae: Path) -> TrainConfig:
         """The stages' steps, multiplied by one number so that together they take the minutes."""
         seconds = sum(stage.steps * self.step_s(config, reference, stage.size, vae) for stage in config.stages)
-        stages = [replace(stage, steps=round(stage.steps * 60 * self.minutes / seconds)) for stage in config.stages]
-        return replace(config, stages=tuple(stages))
+        coarse = config.coarse
+        if coarse is not None:
+            seconds += coarse.steps * self.coarse_step_s(config, reference, vae)
+        factor = 60 * self.minutes / seconds
+        return replace(
+            config,
+            coarse=None if coarse is None else replace(coarse, steps=round(coarse.steps * factor)),
+            stages=tuple(replace(stage, steps=round(stage.steps * factor)) for stage in config.stages),
+        )
+
+    def coarse_step_s(self, config: TrainConfig, reference: TrainConfig, vae: Path) -> float:
+        """Seconds of a step of the coarse branch, by its ratio to the reference's last stage: see step_s."""
+        size = config.stages[-1].size
+
+        def of_config() -> dict:
+            measured = [
+                (self.one_step_s(config, None, vae), self.one_step_s(reference, size, vae))
+                for _ in range(MEASURED_TIMES)
+            ]
+            return {"ratio": np.median([coarse / last for coarse, last in measured])}
+
+        ratio = self.results.get(of_config, "coarse ratio", _digest(replace(config, seed=0)))["ratio"]
+        return ratio * self.step_s(reference, reference, size, vae)
 
     def trained(self, config: TrainConfig, prepared: Path) -> Path:
         """The finished run of this config, with what it took in `cost.json`; one that was broken off begins anew."""
@@ -311,7 +351,8 @@ class Bench:
         begin = time.process_time()
         train(config, self.shards, folder, vae=str(prepared / "vae"))
         cost = {
-            "steps": {stage.name: stage.steps for stage in config.stages},
+            "steps": ({"coarse": config.coarse.steps} if config.coarse else {})
+            | {stage.name: stage.steps for stage in config.stages},
             "cpu_minutes": round((time.process_time() - begin) / 60, 2),
         }
         (folder / "cost.json").write_text(json.dumps(cost))
