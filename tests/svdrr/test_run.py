@@ -1,5 +1,6 @@
 """Which folder a command means, and how each mistake is answered."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -106,3 +107,10 @@ def test_curves_and_pictures_are_for_tensorboard_too(tmp_path: Path) -> None:
     assert [image.step for image in events.Images("64px/samples")] == [4]
     with Image.open(run.samples / "64px-0000004.png") as image:
         assert np.array_equal(np.asarray(image), picture)
+
+
+def test_weights_and_biases_is_asked_for_by_its_extra(tmp_path: Path) -> None:
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(InputError, match=r"pip install 'svdrr\[wandb\]'"):
+        Run(tmp_path).mirror("project")

@@ -36,6 +36,7 @@ def train_command(
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Pairs that a process takes at once; the batch stays as it is.")
     ] = None,
+    wandb: Annotated[str | None, typer.Option(help="Send the curves to this project of Weights & Biases.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
 ) -> None:
     """Train a model on shards. The same command goes on where a run was stopped."""
@@ -52,7 +53,7 @@ def train_command(
         return
     from svdrr.train import train
 
-    train(config, shards, out, max_minutes, vae, stage, at_once)
+    train(config, shards, out, max_minutes, vae, stage, at_once, wandb)
 
 
 @app.command("sample")

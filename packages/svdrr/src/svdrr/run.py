@@ -12,6 +12,7 @@
 import contextlib
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import shutil
@@ -75,6 +76,28 @@ class Run:
         Image.fromarray(picture).save(self.samples / f"{stage}-{step:07d}.png")
         self._board.add_image(f"{stage}/samples", picture[None], step)
         self._board.flush()
+
+    def mirror(self, project: str) -> None:
+        """From now on what goes to tensorboard/ goes to this project of Weights & Biases, too.
+
+        Raises InputError where its package is missing.
+        """
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"--wandb needs {error.name}, which is not installed: pip install 'svdrr[wandb]'"
+            ) from error
+        record = (self.folder / "config.json").read_bytes()
+        wandb.init(
+            project=project,
+            name=self.folder.name,
+            id=hashlib.sha256(str(self.folder.resolve()).encode() + record).hexdigest()[:16],
+            resume="allow",
+            dir=self.folder,
+            config=json.loads(record),
+            sync_tensorboard=True,
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

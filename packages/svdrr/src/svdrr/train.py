@@ -52,12 +52,14 @@ def train(
     vae: str | None = None,
     only: str | None = None,
     at_once: int | None = None,
+    wandb: str | None = None,
 ) -> Path:
     """Trains to the end, or until the time is over; returns the run's folder.
 
     vae: a trained autoencoder's folder or id on the Hub, to use instead of training one. only: the name of the one
     stage to train, where it is the next. at_once: pairs that a process takes at once, for the sake of its memory; the
-    batch is the same. Processes that `torchrun` or `accelerate launch` started share the work.
+    batch is the same. wandb: a project of Weights & Biases that is to see the curves, too. Processes that `torchrun`
+    or `accelerate launch` started share the work.
 
     Raises InputError for shards that cannot be trained on, a `vae` that does not fit or an `out` that holds another
     run, and SystemExit(128 + signal) after a clean stop by SIGINT or SIGTERM.
@@ -77,6 +79,8 @@ def train(
             session.say(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.")
             return run.folder
         on_main(accelerator, lambda: stack.enter_context(run.locked()))
+        if wandb is not None:
+            on_main(accelerator, lambda: run.mirror(wandb))
         if not val_shards:
             session.say("none of these shards is for validation: training goes on without")
         try:
