@@ -81,6 +81,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         shutil.copytree(tmp_path / "more shards", tmp_path / name)
         with h5py.File(tmp_path / name / "P-02.h5", "r+") as file:
             change(file)
+    make_shards(patients=3).rename(tmp_path / "small shards")
     make_shards(patients=1)
     (tmp_path / "a file").touch()
     (tmp_path / "empty").mkdir()
@@ -93,6 +94,9 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["train", "--shards", "shards"], "one patient only (P-00)"),
         (["train", "--shards", "mixed"], "mixed/P-00.h5 has SDD 1800 mm and mixed/P-02.h5 1500 mm"),
         (["train", "--shards", "synthesised"], "synthesised/P-02.h5 is synthesised"),
+        (["train", "--shards", "small shards"], "P-00.h5 has images of 32, 16 pixels, not 64: render it again with 64"),
+        (["train", "--settings", "broken/x.h5"], "broken/x.h5 holds no settings"),
+        (["train", "--shards", "more shards", "--stage", "8px"], "--stage is one of vae, 64px, 128px"),
         (["train", "--preset", "huge"], "--preset is one of toy, small, base, svdrr-xl"),
         (["train", "--preset", "svdrr-xl"], "needs a frozen CLIP encoder"),
         (["train", "--shards", "more shards", "--out", "a file/run"], "Not a directory"),
