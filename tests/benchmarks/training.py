@@ -187,12 +187,7 @@ HEADS += ["waited for data", "GFLOP a pair", "of the peak", "GPU GB", "hours (ex
 
 
 def rows(
-    config: TrainConfig,
-    stage: StageConfig,
-    batch: int,
-    of_ways: dict[str, tuple[Spent, int]],
-    peak: float,
-    wall: bool,
+    config: TrainConfig, stage: StageConfig, batch: int, of_ways: dict[str, tuple[Spent, int]], peak: float, wall: bool
 ) -> list[list[str]]:
     """The lines of the table. stage: the preset's, with all its steps."""
     lines, rates = [], {}
@@ -202,19 +197,24 @@ def rows(
     for name, (spent, flops) in of_ways.items():
         rate, reading_s = rates[name], statistics.mean(spent.reading_s) / batch
         lines.append(
-            [f"`{config.preset}`, {stage.size}", name, str(batch), f"{1000 / rate:.3g}", f"{rate:.3g}"]
-            + [f"{rate / rates['images']:.2f}", f"{1000 * reading_s:.3g}", f"{100 * reading_s * rate:.2g} %"]
-            + [f"{100 * statistics.mean(spent.waited):.2g} %", f"{1e-9 * flops / batch:.3g}"]
+            [f"`{config.preset}`, {stage.size}", name, str(batch), number(1000 / rate), number(rate)]
+            + [f"{rate / rates['images']:.2f}", number(1000 * reading_s), f"{number(100 * reading_s * rate)} %"]
+            + [f"{number(100 * statistics.mean(spent.waited))} %", number(1e-9 * flops / batch)]
             + [f"{100 * flops / batch * rate / peak:.0f} %", f"{spent.gpu_gb:.2f}" if spent.gpu_gb else "-"]
-            + [f"{stage.steps * stage.batch / rate / 3600:.2g}"]
+            + [number(stage.steps * stage.batch / rate / 3600)]
         )
     return lines
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def caption(config: TrainConfig, shards: list[Shard], peak: float, wall: bool) -> str:
     seconds = "the clock" if wall else "one core: of the thread that computes and of those that read, added"
     return (
-        f"Precision `{config.mixed_precision}`; peak {peak / 1e12:.3g} TFLOP/s, a product of matrices in it. "
+        f"Precision `{config.mixed_precision}`; peak {peak / 1e12:.3g} TFLOP/s, "
+        "a product of matrices in that precision. "
         f"Seconds are those of {seconds}; the share that a step waited for data is of the clock. "
         f"{len(shards)} patients. {report.machine(torch.get_num_threads(), VERSIONS)}"
     )
