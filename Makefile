@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN    := .venv/bin
 # LIDC-IDRI-0001, for the pictures that need a real CT
 CT     ?= ../shared/data/lidc-idri-0001
+# of bench-training: OPTIONS="--stages 1 --batch 2 --precision no" is for a preset that is too much for this machine
+SHARDS ?= demo/shards
+PRESET ?= toy
 PACKAGES := packages/drrgen packages/svdrr
 SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
-.PHONY: demo test lint figures bench bench-pipeline bench-gpu sizes help
+.PHONY: demo test lint figures bench bench-pipeline bench-gpu bench-training sizes help
 
 demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
 	@cat demo/report.md
@@ -44,7 +47,10 @@ bench-pipeline: .venv/ready  ## what render does with its time, compression besi
 bench-gpu: .venv/ready  ## the cuda projector on this machine's GPU, in numbers; nanodrr too, if it is installed
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/cuda.py $(wildcard $(CT))
 
-sizes: .venv/ready  ## parameters, memory and FLOPs of the presets, counted (seconds)
+bench-training: .venv/ready  ## what a step of PRESET's training costs here, by real steps on SHARDS; GPU or CPU (minutes)
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.training $(SHARDS) --preset $(PRESET) $(OPTIONS) --document docs/training.md
+
+sizes: .venv/ready  ## parameters, memory, FLOPs and estimated hours of the presets, counted (a minute)
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.model_sizes --document docs/training.md
 
 help:  ## list these commands
