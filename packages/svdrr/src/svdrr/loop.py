@@ -108,7 +108,7 @@ def fit(
     result = average
     spreading = blocks and accelerator.num_processes > 1
     if spreading:
-        result = copy.deepcopy(average)
+        result = copy.deepcopy(average).cpu()  # where a whole one is in nobody's way
         twins = dict(zip(model.modules(), average.modules(), strict=True))
         spread(average, [twins[block] for block in blocks])
         spread(model, blocks)

@@ -81,6 +81,10 @@ def train(
         on_main(accelerator, lambda: stack.enter_context(run.locked()))
         if wandb is not None:
             on_main(accelerator, lambda: run.mirror(wandb))
+        if accelerator.device.type == "cpu" and config.mixed_precision != "no":
+            session.say(
+                f"{config.mixed_precision} is very slow on most CPUs: --settings with mixed_precision no is not"
+            )
         if not val_shards:
             session.say("none of these shards is for validation: training goes on without")
         try:
