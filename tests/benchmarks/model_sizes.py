@@ -180,8 +180,8 @@ def tables() -> str:
         columns = [f"{value:.3f}" for value in (*gigabytes, sum(gigabytes))]
         weights.append([f"`{name}`", shape, f"{count / 1e6:.1f} M", f"{of_vae / 1e6:.1f} M", *columns])
         held_gb, frozen_gb = sum(gigabytes), 4e-9 * of_vae
-        # shares, a whole average for the end, and the two blocks that are put together at a time
-        spread_gb = held_gb / GPUS + 4e-9 * count * (1 + 2 / config.model.num_layers)
+        # shares, and the two blocks that are put together at a time
+        spread_gb = held_gb / GPUS + 4e-9 * count * 2 / config.model.num_layers
         if config.vae.steps:
             of_step = vae_cost(config, vae)
             where = [f"`{name}`", f"autoencoder, crops of {config.vae.crop}"]
