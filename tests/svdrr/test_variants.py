@@ -26,6 +26,7 @@ VARIANTS = {
     "ours": ModelConfig(**SHAPE),
     "epsilon": ModelConfig(**SHAPE, prediction="epsilon"),
     "not preconditioned": ModelConfig(**SHAPE, preconditioned=False),
+    "learned variance": ModelConfig(**SHAPE, prediction="epsilon", learned_variance=True),
     "unscaled source": ModelConfig(**SHAPE, scaled_source=False),
     "pooled": ModelConfig(**SHAPE, pooled_source=True),
     "pooled outside": ModelConfig(**SHAPE, pooled_source=True, image_embedding=5),
@@ -39,6 +40,7 @@ VARIANTS = {
 }
 # of the parameters, those that another variant has not, or in another shape
 CHANGED = {
+    "learned variance": {"final.weight", "final.bias"},
     "pooled": {"pose_token", "pooled_token"},
     "pooled outside": {"pose_token", "pooled_token", "source_stem", "source_norm", "null_token"},
     "no rays": {"patch_condition", "source_stem"},
@@ -211,6 +213,28 @@ def test_what_is_not_preconditioned_is_silent_at_the_start(tiny: TrainConfig) ->
     assert torch.equal(predicted(transformer, told(VARIANTS["ours"])), torch.zeros(3, CHANNELS, CELLS, CELLS))
 
 
+@pytest.mark.parametrize("name", ["epsilon", "learned variance"])
+def test_a_learned_variance_is_as_many_channels_again(tiny: TrainConfig, name: str) -> None:
+    model = VARIANTS[name]
+    output = predicted(awake(tiny, model), told(model))
+    assert output.shape == (3, CHANNELS * (1 + model.learned_variance), CELLS, CELLS)
+
+
+def test_the_variance_is_learned_beside_the_noise_and_does_not_teach_it() -> None:
+    """The gradient of the first channels is that of the squared error alone; the others have one of their own."""
+    latents = torch.randn(3, CHANNELS, CELLS, CELLS, generator=torch.Generator().manual_seed(3))
+    views = some_views([0.0] * 3, [0.0] * 3)
+    batch = Batch(latents, {}, torch.zeros(3, CELLS, CELLS), views, views)
+    draws = draw_noise(3, latents.shape[1:], 0.0, seed=4)
+    gradients = []
+    for channels in (CHANNELS, 2 * CHANNELS):
+        output = torch.full((3, channels, CELLS, CELLS), 0.5, requires_grad=True)
+        pair_losses(lambda *_, output=output, **__: output, batch, draws, "epsilon", 1.0).sum().backward()
+        gradients.append(output.grad)
+    assert torch.equal(gradients[0], gradients[1][:, :CHANNELS])
+    assert gradients[1][:, CHANNELS:].abs().min() > 0
+
+
 def test_each_prediction_has_its_scheduler() -> None:
     assert isinstance(scheduler("velocity", 2.0), FlowMatchEulerDiscreteScheduler)
     diffusion = scheduler("epsilon", 2.0)
@@ -222,6 +246,8 @@ def test_each_prediction_has_its_scheduler() -> None:
 def test_what_cannot_be_is_refused(tiny: TrainConfig) -> None:
     with pytest.raises(InputError, match="no prediction 'x0': it is one of velocity, epsilon"):
         ViewTransformer(prediction="x0")
+    with pytest.raises(InputError, match="learned_variance is a diffusion's, and this model predicts the velocity"):
+        ViewTransformer(learned_variance=True)
     with pytest.raises(InputError, match="needs pooled_source"):
         ViewTransformer(image_embedding=5)
     values = told(VARIANTS["the paper"])

@@ -39,6 +39,7 @@ class ModelConfig:
     head_dim: int
     prediction: str = "velocity"
     preconditioned: bool = True
+    learned_variance: bool = False
     scaled_source: bool = True
     pooled_source: bool = False
     image_embedding: int | None = None

@@ -140,9 +140,9 @@ class SVDRRPipeline(DiffusionPipeline):
             latents = flow.path(told["coarse_latent"], latents, self.scheduler.sigmas[:1].to(latents))
         for timestep in self.progress_bar(self.scheduler.timesteps):
             timesteps = timestep.expand(count)
-            predicted = self.transformer(latents, timesteps, **told)
+            predicted = self.transformer(latents, timesteps, **told)[:, : latents.shape[1]]  # without variances
             if guidance_scale != 1:
-                without = self.transformer(latents, timesteps, **told, drop_source=null)
+                without = self.transformer(latents, timesteps, **told, drop_source=null)[:, : latents.shape[1]]
                 predicted = without + guidance_scale * (predicted - without)
             latents = self.scheduler.step(predicted, timestep, latents).prev_sample
         return SVDRROutput(line_integrals=autoencoder.decode(self.vae, latents.to(self.vae.dtype)))

@@ -148,6 +148,7 @@ def svdrr_xl(seed: int = 0) -> TrainConfig:
             head_dim=72,
             prediction="epsilon",
             preconditioned=False,
+            learned_variance=True,
             scaled_source=False,
             pooled_source=True,
             image_embedding=768,

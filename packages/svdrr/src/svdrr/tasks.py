@@ -211,8 +211,13 @@ def pair_losses(model: nn.Module, batch: Batch, draws: Draws, prediction: str, s
     noise, quantile, drop = (values.to(latents.device) for values in draws)
     timestep = objective.timestep(quantile, shift)
     noised = objective.noised(latents, noise, timestep)
-    predicted = model(noised.latents, timestep, **batch.condition, drop_source=drop)
-    return flow.loss(predicted, noised.target, 1 - batch.target_truncated)
+    output = model(noised.latents, timestep, **batch.condition, drop_source=drop)
+    predicted, *variances = output.split(latents.shape[1], dim=1)
+    weight = 1 - batch.target_truncated
+    total = flow.loss(predicted, noised.target, weight)
+    for variance in variances:  # one, where it is learned
+        total = total + flow.variance_loss((predicted - noised.target).detach(), variance, timestep, weight)
+    return total
 
 
 def images(shards: list[Shard], size: int, pairs: Pairs) -> Tensor:

@@ -31,6 +31,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
     latent_channels, patch_size, num_layers, num_heads, head_dim: the shape.
     prediction: a name of flow.OBJECTIVES. preconditioned: its best linear guess is built in, and the rest is learned.
+    learned_variance: of a diffusion's steps back, beside the prediction (see flow.variance_loss).
     source_scale, source_shift: the source's latent is multiplied by one and moved by the other, to undo the
         normalisation of latents where a model wants its source without.
     pooled_source: cross-attention sees one token, a linear map of a pooled source and the pose, not many and one.
@@ -54,6 +55,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         head_dim: int = 64,
         prediction: str = "velocity",
         preconditioned: bool = True,
+        learned_variance: bool = False,
         source_scale: float = 1.0,
         source_shift: float = 0.0,
         pooled_source: bool = False,
@@ -70,6 +72,10 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         super().__init__()
         if prediction not in flow.OBJECTIVES:
             raise InputError(f"no prediction {prediction!r}: it is one of {', '.join(flow.OBJECTIVES)}")
+        if learned_variance and prediction != "epsilon":
+            raise InputError(
+                f"a learned_variance is a diffusion's, and this model predicts the {prediction}: turn it off"
+            )
         if image_embedding and not pooled_source:
             raise InputError("an image_embedding is one token's: it needs pooled_source")
         width, area = num_heads * head_dim, patch_size**2
@@ -100,7 +106,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
         self.final_norm = nn.LayerNorm(width, norm_eps, elementwise_affine=False)
         self.final_modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.final = _zeroed(nn.Linear(width, area * latent_channels))
+        self.final = _zeroed(nn.Linear(width, area * latent_channels * (2 if learned_variance else 1)))
 
     def forward(
         self,
@@ -115,6 +121,8 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         drop_source: Tensor | None = None,
     ) -> Tensor:
         """The prediction [B, C, h, w] at `hidden_states` [B, C, h, w] and `timestep` [B], 0 to flow.NUM_TIMESTEPS.
+
+        With a learned variance there are as many channels again, [B, 2 C, h, w], for that.
 
         source_latent: [B, C, h, w], normalised like the target's. source_rays, target_rays: [B, 6, h, w] of
         pose.ray_map. pose: [B, P], as `condition` makes it. image_embedding: [B, E], for a model that was made for it.
@@ -172,14 +180,15 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
         shift, scale = (self.final_modulation + embedding[:, None]).unbind(dim=1)
         tokens = self.final(_modulated(self.final_norm(tokens), shift, scale))
-        residual = functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.config.patch_size)
+        output = functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.config.patch_size)
         if not self.config.preconditioned:
-            return residual
+            return output
 
         # For data of unit variance the best linear guess from the noisy latent is known, and so is the size of what it
         # misses, which is left to the network (Karras et al. 2022, eq. 7).
         slope, spread = flow.OBJECTIVES[self.config.prediction].linear_guess(timestep[:, None, None, None])
-        return slope * hidden_states + spread * residual
+        residual, *variance = output.split(hidden_states.shape[1], dim=1)
+        return torch.cat([slope * hidden_states + spread * residual, *variance], dim=1)
 
     def _patches(self, image: Tensor) -> Tensor:
         """[B, C, h, w] to tokens [B, h w / patch_size^2, C patch_size^2]."""
