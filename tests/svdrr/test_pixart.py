@@ -56,7 +56,7 @@ def test_svdrr_xl_has_the_papers_size_and_pixarts_tensors() -> None:
     shapes["patch.weight"] = torch.Size([1152, 16])  # PixArt's eight channels are here two layers of four
     shapes["patch_condition.weight"] = torch.Size([1152, 16])
     found = {name: tensor.shape for name, tensor in ours.state_dict().items()}
-    own = {"pooled_token.weight", "pooled_token.bias", "null_token", "null_latent"}
+    own = {"pooled_token.weight", "pooled_token.bias"}
     assert {name: shape for name, shape in found.items() if name not in own} == shapes
 
     size = sum(tensor.numel() for name, tensor in ours.state_dict().items() if name not in own)

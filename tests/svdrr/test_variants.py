@@ -35,6 +35,7 @@ VARIANTS = {
     "no pose modulation": ModelConfig(**SHAPE, pose_modulation=False),
     "no qk norm": ModelConfig(**SHAPE, qk_norm=False),
     "no cross norm": ModelConfig(**SHAPE, cross_norm=False),
+    "null of zeros": ModelConfig(**SHAPE, learned_null=False),
     "PixArt's positions": ModelConfig(**SHAPE, pixart_positions=True, norm_eps=1e-6),
     "the paper": SMALL_PAPER,
 }
@@ -48,6 +49,7 @@ CHANGED = {
     "no pose modulation": {"pose_embedding"},
     "no qk norm": {"query_norm", "key_norm"},
     "no cross norm": {"cross_norm"},
+    "null of zeros": {"null_token", "null_latent"},
 }
 CHANGED["the paper"] = set().union(*CHANGED.values())
 
@@ -116,7 +118,8 @@ def test_trains_a_step_in_which_every_parameter_has_its_part(tiny: TrainConfig, 
     latents = torch.randn(3, CHANNELS, CELLS, CELLS, generator=torch.Generator().manual_seed(3))
     views = some_views([0.0] * 3, [0.0] * 3)  # which only a coarse branch asks for
     batch = Batch(latents, told(variant), torch.zeros(3, CELLS, CELLS), views, views)
-    draws = draw_noise(3, latents.shape[1:], 0.0, seed=4)._replace(drop=torch.tensor([True, False, False]))
+    drop = torch.tensor([[True, True], [False, True], [False, False]])
+    draws = draw_noise(3, latents.shape[1:], 0.0, seed=4)._replace(drop=drop)
 
     def loss() -> Tensor:
         return pair_losses(transformer, batch, draws, variant.prediction, 1.0).mean()
@@ -163,6 +166,24 @@ def test_a_dropped_source_is_not_heard_but_its_pose_is(tiny: TrainConfig, varian
     assert (predicted(transformer, values | source) - predicted(transformer, values)).abs().max() > 1e-3
     other_pose = values | {"pose": values["pose"].flip(0)}
     assert (predicted(transformer, other_pose, drop_source=drop) - reference).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ours", "null of zeros", "pooled outside", "the paper"])
+def test_each_stream_can_be_dropped_alone(tiny: TrainConfig, name: str) -> None:
+    """The first sample loses its tokens, the second its latent, the third both. Zeros are what a null of zeros is."""
+    transformer, values = awake(tiny, VARIANTS[name]), told(VARIANTS[name])
+    drop = torch.tensor([[True, False], [False, True], [True, True]])
+    found = predicted(transformer, values, drop_source=drop)
+    kept, both = predicted(transformer, values), predicted(transformer, values, drop_source=torch.ones(3).bool())
+    for row in (0, 1):
+        assert (found[row] - kept[row]).abs().max() > 1e-4
+        assert (found[row] - both[row]).abs().max() > 1e-4
+    assert torch.equal(found[2], both[2])
+    if name == "the paper":
+        shift, scale = transformer.config.source_shift, transformer.config.source_scale
+        zeros = {name: torch.zeros_like(values[name]) for name in ("image_embedding", "source_latent")}
+        zeros["source_latent"] -= shift / scale  # which the model takes to zero
+        assert torch.allclose(predicted(transformer, values | zeros), both, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ours", "pooled", "pooled outside"])

@@ -50,6 +50,7 @@ class ModelConfig:
     cross_norm: bool = True
     pixart_positions: bool = False
     norm_eps: float = 1e-5
+    learned_null: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class TrainConfig:
     validation_pairs: int
     checkpoint_every: int
     keep_checkpoints: int
+    drop_stream: float = 0.0  # fraction trained on that in one of the source's streams only, for each of them
     init: str | None = None  # PixArt's weights, which the transformer begins from: a folder or a hub id
     coarse: CoarseConfig | None = None  # a coarse mean of the target that the transformer is given
     cache_latents: bool = True  # False encodes each batch when it is needed

@@ -141,8 +141,8 @@ def draw_augmentations(count: int, fraction: float, seed: int) -> list[np.random
 class Draws(NamedTuple):
     """What is drawn for a batch besides its pairs, on the CPU.
 
-    noise: [B, C, h, w]. quantile: [B], 0 to 1, of the noise levels (see flow.Objective). drop: [B], whose source is
-    dropped.
+    noise: [B, C, h, w]. quantile: [B], 0 to 1, of the noise levels (see flow.Objective). drop: [B, 2], whose source is
+    dropped, in the first of the model's streams and in the second.
     """
 
     noise: Tensor
@@ -153,14 +153,19 @@ class Draws(NamedTuple):
         return Draws(*(values[rows] for values in self))
 
 
-def draw_noise(count: int, shape: Sequence[int], drop_source: float, seed: int) -> Draws:
-    """For `count` targets of the shape [C, h, w], of which this fraction goes without its source."""
+def draw_noise(count: int, shape: Sequence[int], drop_source: float, seed: int, drop_stream: float = 0.0) -> Draws:
+    """For `count` targets of the shape [C, h, w].
+
+    The fraction `drop_source` of them goes without its source, and `drop_stream` without its first stream, and as many
+    without its second.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return Draws(
-        noise=torch.randn(count, *shape, generator=generator),
-        quantile=torch.rand(count, generator=generator),
-        drop=torch.rand(count, generator=generator) < drop_source,
-    )
+    noise = torch.randn(count, *shape, generator=generator)
+    quantile = torch.rand(count, generator=generator)
+    lot = torch.rand(count, generator=generator)
+    first = lot < drop_source + drop_stream
+    second = (lot < drop_source) | ~first & (lot < drop_source + 2 * drop_stream)
+    return Draws(noise, quantile, torch.stack([first, second], dim=1))
 
 
 class Read(NamedTuple):

@@ -159,6 +159,7 @@ def svdrr_xl(seed: int = 0) -> TrainConfig:
             cross_norm=False,
             pixart_positions=True,
             norm_eps=1e-6,
+            learned_null=False,
         ),
         stages=(
             StageConfig(size=256, steps=200_000, batch=64, learning_rate=5e-6, shift=1.0),
@@ -168,6 +169,7 @@ def svdrr_xl(seed: int = 0) -> TrainConfig:
         pa_fraction=1.0,
         augment_fraction=0.0,
         drop_source=0.05,
+        drop_stream=0.05,
         warmup_steps=1000,
         weight_decay=0.01,
         clip_norm=1.0,

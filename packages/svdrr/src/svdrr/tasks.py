@@ -125,7 +125,8 @@ def view_task(
 
     def losses(model: nn.Module, read: Read, step: int, rows: slice) -> Tensor:
         batch = given_coarse(coarse, pairs.batch(read))
-        draws = draw_noise(stage.batch, batch.target_latent.shape[1:], config.drop_source, pairs.seed(step))
+        shape, seed = batch.target_latent.shape[1:], pairs.seed(step)
+        draws = draw_noise(stage.batch, shape, config.drop_source, seed, config.drop_stream)
         return pair_losses(model, batch, draws.rows(rows), prediction, shift)
 
     def validate(average: nn.Module, done: int) -> dict[str, float]:

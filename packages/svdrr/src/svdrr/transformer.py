@@ -42,6 +42,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
     pose_modulation: the pose sets the scales of every block together with the time.
     qk_norm, cross_norm: RMS norm of queries and keys; layer norm before cross-attention.
     pixart_positions: positions are coded as PixArt's weights know them. norm_eps: of layer norms without weights.
+    learned_null: what stands for a dropped source is learned; without, it is zero.
     coarse: a coarse mean of the target's latent (see coarse.py) is to come with the source's.
     """
 
@@ -67,6 +68,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         cross_norm: bool = True,
         pixart_positions: bool = False,
         norm_eps: float = 1e-5,
+        learned_null: bool = True,
         coarse: bool = False,
     ) -> None:
         super().__init__()
@@ -93,9 +95,10 @@ class ViewTransformer(ModelMixin, ConfigMixin):
             self.pooled_token = _passing(nn.Linear(source_size + pose_size, width))
         else:
             self.pose_token = _perceptron(pose_size, width)
-        self.null_token = nn.Parameter(torch.zeros(source_size))
-        self.null_latent = nn.Parameter(torch.zeros(latent_channels))
-        if coarse:
+        if learned_null:
+            self.null_token = nn.Parameter(torch.zeros(source_size))
+            self.null_latent = nn.Parameter(torch.zeros(latent_channels))
+        if learned_null and coarse:
             self.null_coarse = nn.Parameter(torch.zeros(latent_channels))
 
         self.time_embedding = _perceptron(TIME_FEATURES, width)
@@ -127,7 +130,8 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         source_latent: [B, C, h, w], normalised like the target's. source_rays, target_rays: [B, 6, h, w] of
         pose.ray_map. pose: [B, P], as `condition` makes it. image_embedding: [B, E], for a model that was made for it.
         coarse_latent: [B, C, h, w], likewise. drop_source: [B] bool; where true, both streams of the source, and what
-        was predicted from it, are replaced by the learned null condition that guidance subtracts; the poses stay.
+        was predicted from it, are replaced by the null condition that guidance subtracts; the poses stay. Or [B, 2],
+        for the first stream, and for the second with what was predicted.
         Raises InputError without an image_embedding or a coarse_latent that the model needs.
         """
         rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
@@ -150,9 +154,12 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         if self.config.pooled_source:
             source = source.mean(dim=1, keepdim=True)
         if drop_source is not None:
-            source = torch.where(drop_source[:, None, None], self.null_token, source)
-            null_latent = self.null_latent[:, None, None]
-            source_latent = torch.where(drop_source[:, None, None, None], null_latent, source_latent)
+            is_learned = self.config.learned_null
+            drop_tokens, drop_latent = drop_source.view(len(pose), -1).expand(-1, 2).unbind(dim=1)
+            drop_tokens, drop_latent = drop_tokens[:, None, None], drop_latent[:, None, None, None]
+            source = torch.where(drop_tokens, self.null_token if is_learned else 0.0, source)
+            null_latent = self.null_latent[:, None, None] if is_learned else 0.0
+            source_latent = torch.where(drop_latent, null_latent, source_latent)
         if self.config.pooled_source:
             context = self.pooled_token(torch.cat([source, pose[:, None]], dim=2))
         else:
@@ -164,8 +171,8 @@ class ViewTransformer(ModelMixin, ConfigMixin):
             if coarse_latent is None:
                 raise InputError("this model needs a coarse_latent like the source's: svdrr.coarse predicts it")
             if drop_source is not None:
-                null_coarse = self.null_coarse[:, None, None]
-                coarse_latent = torch.where(drop_source[:, None, None, None], null_coarse, coarse_latent)
+                null_coarse = self.null_coarse[:, None, None] if is_learned else 0.0
+                coarse_latent = torch.where(drop_latent, null_coarse, coarse_latent)
             beside.append(coarse_latent)
         beside_tokens = self.patch_condition(self._patches(torch.cat(beside, dim=1)))
         tokens = self.patch(self._patches(hidden_states)) + beside_tokens + position
