@@ -140,6 +140,8 @@ def svdrr_xl(seed: int = 0) -> TrainConfig:
             steps=0,
             batch=1,
             learning_rate=0.0,
+            default="stabilityai/sdxl-vae",
+            measured=False,
         ),
         model=ModelConfig(
             patch_size=2,
@@ -181,6 +183,11 @@ def svdrr_xl(seed: int = 0) -> TrainConfig:
         validation_pairs=64,
         checkpoint_every=1000,
         keep_checkpoints=2,
+        betas=(0.9, 0.999),
+        decay=False,
+        token_rate=10.0,
+        guidance_scale=3.0,
+        image_encoder="openai/clip-vit-large-patch14",
         spread_weights=True,
     )
 

@@ -150,7 +150,7 @@ def measure_latents(vae: AutoencoderKL, batches: Iterable[Tensor]) -> None:
 
 def encode(vae: AutoencoderKL, line_integrals: Tensor) -> Tensor:
     """Line integrals [B, 1, N, N] to normalised latents [B, C, h, w]; the posterior's mean, so always the same."""
-    return (_mode(vae, line_integrals) - vae.config.shift_factor) * vae.config.scaling_factor
+    return (_mode(vae, line_integrals) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def _mode(vae: AutoencoderKL, line_integrals: Tensor) -> Tensor:
@@ -161,7 +161,9 @@ def _mode(vae: AutoencoderKL, line_integrals: Tensor) -> Tensor:
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Normalised latents [B, C, h, w] to line integrals [B, 1, N, N], never below 0."""
-    images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.mean(dim=1, keepdim=True)
+    images = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.mean(
+        dim=1, keepdim=True
+    )
     return ((images + 1) * HALF_RANGE).clamp(min=0)
 
 
