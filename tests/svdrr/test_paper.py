@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from svdrr import clip, radiograph
+from svdrr import vae as autoencoder
 from svdrr.checkpoint import latest
 from svdrr.config import TrainConfig
 from svdrr.data import draw_augmentations, draw_pairs, encode_batch, read_batch
@@ -214,6 +215,24 @@ def test_an_encoder_that_cannot_be_used_is_refused_in_one_line_before_anything_i
             train(config, shards, tmp_path / "run")
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # what diffusers gives the Hub
+def test_without_a_network_it_is_one_line(paper: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a name that no cache has; offline by the Hub's own switch, so that nobody waits for a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (autoencoder.load, clip.load, lambda name: untrained(replace(paper, init=name))):
+        with pytest.raises(InputError, match=r"nobody/has-this .*\(the Hub is out of reach, and its cache .*\)"):
+            load("nobody/has-this")
+
+
+def test_what_comes_from_the_hub_is_said_before_it_is_fetched(
+    paper: TrainConfig, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="the image encoder nobody/has-this cannot be read"):
+        train(replace(paper, image_encoder="nobody/has-this"), shards, tmp_path / "run")
+    assert "from the Hub, or its cache on this machine: nobody/has-this\n" in capsys.readouterr().err
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
+from svdrr import hub
 from svdrr.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,10 +39,9 @@ def load(name: str) -> "CLIPVisionModelWithProjection":
             name, use_safetensors=True, output_loading_info=True
         )
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise InputError(
-            f"the image encoder {name} cannot be read ({reason}): put a CLIP with its model.safetensors there, "
-            "or into the Hub's cache"
+            f"the image encoder {name} cannot be read ({hub.reason(error)}): put a CLIP with its "
+            "model.safetensors there, or into the Hub's cache"
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"the image encoder {name} lacks {len(missing)} of a CLIP's weights, {missing[0]} among them")

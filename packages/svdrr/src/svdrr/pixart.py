@@ -9,6 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
+from svdrr import hub
 from svdrr.errors import InputError
 from svdrr.transformer import ViewTransformer
 
@@ -52,8 +53,9 @@ def load(model: ViewTransformer, init: str) -> Loaded:
     try:
         theirs = PixArtTransformer2DModel.from_pretrained(init, subfolder=None if local else "transformer").state_dict()
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"no PixArt weights at {init} ({reason}): give --init its folder or hub id") from error
+        raise InputError(
+            f"no PixArt weights at {init} ({hub.reason(error)}): give --init its folder or hub id"
+        ) from error
     area = model.config.patch_size**2
     ours = mapped(theirs, model.config.num_layers, model.final.out_features // area, area)
     there = model.state_dict()

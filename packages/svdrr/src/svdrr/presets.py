@@ -122,11 +122,10 @@ def svdrr_xl(seed: int = 0) -> TrainConfig:
 
     svdrr train --shards shards --preset svdrr-xl --init PixArt-alpha/PixArt-Sigma-XL-2-256x256
 
-    Its learning rates, batches and steps are the paper's. This version cannot train it yet: the frozen CLIP encoder
-    and SDXL autoencoder are missing, for which `vae` stands with the shape only. Of the training loop, the decay of the
-    learning rate, AdamW's betas and dropping both streams of the source together are ours.
+    The recipe is the paper's: docs/training.md says where not. The SDXL autoencoder and CLIP come from the Hub, or its
+    cache on this machine; of the former, `vae` has the shape only. It needs `pip install 'svdrr[clip]'`.
 
-    Hours: not measured. Score: not measured; the paper's own is in its table 1.
+    Hours: not measured. Score: not measured; no run of it has been made, and the paper's own is in its table 1.
     """
     return TrainConfig(
         preset="svdrr-xl",

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
 
+from svdrr import hub
 from svdrr.errors import InputError
 
 HALF_RANGE = 4.0
@@ -49,9 +50,8 @@ def load(name: str) -> AutoencoderKL:
             raise InputError(f"--vae {name} is of the kind {kind}: give an AutoencoderKL of diffusers")
         vae, found = AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise InputError(
-            f"--vae {name} cannot be read ({reason}): give a folder with config.json and "
+            f"--vae {name} cannot be read ({hub.reason(error)}): give a folder with config.json and "
             "diffusion_pytorch_model.safetensors, or such a model's id on the Hub"
         ) from error
     if missing := found["missing_keys"]:
