@@ -180,6 +180,27 @@ def test_clip_sees_grey_on_a_fixed_scale_as_its_own_preparation_makes_it(encoder
     assert torch.equal(clip.embed(encoder, p + 8), clip.embed(encoder, p + 9))
 
 
+def test_of_a_whole_clip_it_is_the_half_that_sees(tmp_path: Path) -> None:
+    """As the Hub has it, with its text's half, and in 16 bits; the embedding is that of the whole."""
+    half = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    half["projection_dim"] = EMBEDDING
+    text = {**half, "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 2}
+    vision = {**half, "image_size": SIDE, "patch_size": 8}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=EMBEDDING)
+    whole = transformers.CLIPModel(config).half()
+    whole.save_pretrained(tmp_path)
+    encoder, seen = clip.load(str(tmp_path)), []
+    encoder.register_forward_pre_hook(lambda _, __, named: seen.append(named["pixel_values"]), with_kwargs=True)
+    found = clip.embed(encoder, 8 * torch.rand(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1)))
+    whole = whole.float().eval()
+    with torch.no_grad():
+        expected = whole.visual_projection(whole.vision_model(seen[0]).pooler_output)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert expected.abs().max() > 0.1
+
+
 def test_embeddings_of_another_encoder_are_never_found(
     paper: TrainConfig, encoder: torch.nn.Module, shards: Path, tmp_path: Path
 ) -> None:

@@ -32,8 +32,11 @@ def load(name: str) -> "CLIPVisionModelWithProjection":
     """
     try:
         from transformers import CLIPVisionModelWithProjection
+        from transformers.utils import logging
     except ImportError as error:
         raise InputError(f"the image encoder {name} needs transformers: pip install 'svdrr[clip]'") from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or it lists all weights of the text's half, which we do without
     try:
         encoder, found = CLIPVisionModelWithProjection.from_pretrained(
             name, use_safetensors=True, output_loading_info=True
@@ -43,6 +46,8 @@ def load(name: str) -> "CLIPVisionModelWithProjection":
             f"the image encoder {name} cannot be read ({hub.reason(error)}): put a CLIP with its "
             "model.safetensors there, or into the Hub's cache"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"the image encoder {name} lacks {len(missing)} of a CLIP's weights, {missing[0]} among them")
     return encoder.float().requires_grad_(False).eval()
