@@ -145,8 +145,8 @@ def pair_losses_of(config: TrainConfig, model: ViewTransformer, size: int, devic
     if config.model.image_embedding:
         told["image_embedding"] = torch.zeros(rows, config.model.image_embedding, device=device)
     batch = Batch(latents, told, latents[:, 0], views, views)
-    half = torch.full((rows,), 0.5, device=device)
-    return pair_losses(model, batch, Draws(latents, half, half > 1), config.model.prediction, shift=1.0)
+    half, kept = torch.full((rows,), 0.5, device=device), torch.zeros(rows, 2, dtype=torch.bool, device=device)
+    return pair_losses(model, batch, Draws(latents, half, kept), config.model.prediction, shift=1.0)
 
 
 def view_cost(config: TrainConfig, transformer: ViewTransformer, size: int) -> Cost:

@@ -152,6 +152,17 @@ def test_a_row_is_the_same_whoever_computes_it(shards: Path, tmp_path: Path) -> 
         assert torch.equal(whole, torch.cat([first, last]))
 
 
+def test_streams_are_dropped_together_and_alone_as_often_as_asked() -> None:
+    """4000 draws: three standard deviations of a share of 0.1 are 0.015. What else is drawn does not change."""
+    draws = draw_noise(4000, (1,), 0.1, seed=0, drop_stream=0.05)
+    first, second = draws.drop.unbind(dim=1)
+    for chosen, expected in [(first & second, 0.1), (first & ~second, 0.05), (second & ~first, 0.05)]:
+        assert chosen.double().mean() == pytest.approx(expected, abs=0.015)
+    plain = draw_noise(4000, (1,), 0.1, seed=0)
+    assert torch.equal(plain.noise, draws.noise)
+    assert torch.equal(plain.drop, (first & second)[:, None].expand(-1, 2))
+
+
 def test_sources_are_augmented_as_often_as_asked() -> None:
     """4000 draws: three standard deviations of a share of 0.3 are 0.022. One more row changes none before it."""
     chosen = [rng is not None for rng in draw_augmentations(4000, 0.3, seed=0)]

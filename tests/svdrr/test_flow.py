@@ -1,9 +1,12 @@
 """The conventions of both objectives are those of the schedulers that sample them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch.distributions import Normal, kl_divergence
 
 from svdrr import flow
 from svdrr.flow import NUM_TIMESTEPS, OBJECTIVES
@@ -41,6 +44,47 @@ def test_the_loss_is_the_mean_over_the_cells_by_their_weights() -> None:
     assert error.grad.isfinite().all()
     assert (error.grad[0, :, 0, 3] == 0).all()
     assert (error.grad[1] == 0).all()
+
+
+def test_the_variances_term_is_the_divergence_of_two_gaussians() -> None:
+    """Of the true step back, by Bayes' rule from the forward one, and the model's; of the last, the data's density.
+
+    1e-4: the levels of noise are made in single precision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    data, noise, predicted = torch.randn(3, 4, 2, 3, 3, generator=generator, dtype=torch.float64)
+    variance = torch.rand(4, 2, 3, 3, generator=generator, dtype=torch.float64) * 2 - 1
+    timestep, betas = torch.tensor([0, 1, 500, 999]), torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    found = flow.variance_loss(predicted - noise, variance, timestep, torch.ones(4, 3, 3))
+
+    def step_back(data: torch.Tensor, noisy: torch.Tensor, t: int) -> Normal:
+        """From x_t to x_(t-1): a Gaussian around the data, times one around what the forward step takes to x_t."""
+        before = (1 - betas[:t]).prod()
+        precision = 1 / (1 - before) + (1 - betas[t]) / betas[t]
+        mean = (before.sqrt() * data / (1 - before) + (1 - betas[t]).sqrt() * noisy / betas[t]) / precision
+        return Normal(mean, precision.rsqrt())
+
+    for row, t in enumerate(timestep.tolist()):
+        alpha, sigma = (1 - betas[: t + 1]).prod().sqrt(), (1 - (1 - betas[: t + 1]).prod()).sqrt()
+        noisy = alpha * data[row] + sigma * noise[row]
+        guess, smallest = (noisy - sigma * predicted[row]) / alpha, step_back(data[row], noisy, max(t, 1)).variance
+        share = (variance[row] + 1) / 2
+        deviation = (betas[t] ** share * smallest ** (1 - share)).sqrt()
+        if t == 0:
+            expected = -Normal(guess, deviation).log_prob(data[row])
+        else:
+            expected = kl_divergence(step_back(data[row], noisy, t), Normal(step_back(guess, noisy, t).mean, deviation))
+        assert found[row].item() == pytest.approx(expected.mean().item() / math.log(2), rel=1e-4), t
+
+
+def test_the_variances_term_is_zero_at_the_true_step_and_counts_cells_by_their_weights() -> None:
+    """Of two cells, the one without weight is as wrong as can be."""
+    error, variance = torch.zeros(2, 1, 1, 2), -torch.ones(2, 1, 1, 2)
+    error[..., 1], variance[..., 1] = 10, 5
+    weight = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])
+    losses = flow.variance_loss(error, variance, torch.tensor([500, 500]), weight)
+    assert losses.tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert flow.variance_loss(error, variance, torch.tensor([500, 500]), torch.ones(2, 1, 2)).min() > 0.1
 
 
 def test_noise_levels_are_logit_normal_and_shift_as_the_scheduler_does() -> None:

@@ -41,12 +41,17 @@ def test_no_more_is_read_ahead_than_is_said_and_nothing_once_it_is_closed() -> N
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
-    rates = [schedule(step, 100, 10) for step in range(100)]
+    rates = [schedule(step, 100, 10, decay=True) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] > 0.97
     assert rates[99] < 0.001
     assert rates[:10] == sorted(rates[:10])
     assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_without_decay_the_learning_rate_stays_after_the_warm_up() -> None:
+    rates = [schedule(step, 100, 10, decay=False) for step in range(100)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] + 91 * [1.0])
 
 
 def test_the_average_of_the_weights() -> None:

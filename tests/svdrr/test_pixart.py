@@ -48,15 +48,15 @@ def like_the_paper(tiny: TrainConfig) -> TrainConfig:
 
 
 def test_svdrr_xl_has_the_papers_size_and_pixarts_tensors() -> None:
-    """604.8 million parameters, tensor by tensor those of diffusers' PixArt with 8 channels in and 4 out."""
+    """604.8 million parameters, tensor by tensor those of diffusers' PixArt with 8 channels in and 8 out."""
     with torch.device("meta"):
         ours = untrained(svdrr_xl())
-        reference = pixart_model(8, 4)
-    shapes = {name: tensor.shape for name, tensor in pixart.mapped(reference.state_dict(), 28, 4, 4).items()}
+        reference = pixart_model(8, 8)
+    shapes = {name: tensor.shape for name, tensor in pixart.mapped(reference.state_dict(), 28, 8, 4).items()}
     shapes["patch.weight"] = torch.Size([1152, 16])  # PixArt's eight channels are here two layers of four
     shapes["patch_condition.weight"] = torch.Size([1152, 16])
     found = {name: tensor.shape for name, tensor in ours.state_dict().items()}
-    own = {"pooled_token.weight", "pooled_token.bias", "null_token", "null_latent"}
+    own = {"pooled_token.weight", "pooled_token.bias"}
     assert {name: shape for name, shape in found.items() if name not in own} == shapes
 
     size = sum(tensor.numel() for name, tensor in ours.state_dict().items() if name not in own)
@@ -68,23 +68,27 @@ def test_svdrr_xl_has_the_papers_size_and_pixarts_tensors() -> None:
 def test_with_pixarts_weights_it_computes_what_pixart_does(
     theirs: PixArtTransformer2DModel, like_the_paper: TrainConfig, tmp_path: Path
 ) -> None:
-    """At the same token, the first half of PixArt's channels; 1e-4 of outputs of about 1: products round differently.
+    """At the same token, with the variances and without; 1e-4 of outputs of about 1: products round differently.
 
     The source beside the noisy latent is silent at first. 16 latent pixels of 128 in the image, so its scale is 1/4.
     """
-    ours = untrained(replace(like_the_paper, init=str(tmp_path)))
+    like_the_paper = replace(like_the_paper, init=str(tmp_path))
+    ours = untrained(like_the_paper)
+    without = untrained(replace(like_the_paper, model=replace(like_the_paper.model, learned_variance=False)))
     generator = torch.Generator().manual_seed(1)
     noisy, source = torch.randn(2, 3, 2, 16, 16, generator=generator)
     pose, embedding = torch.randn(3, 4, generator=generator), torch.randn(3, 5, generator=generator)
     rays, timestep = torch.zeros(3, 6, 16, 16), torch.tensor([999, 500, 0])
     with torch.no_grad():
         found = ours(noisy, timestep, source, rays, rays, pose, embedding)
+        half = without(noisy, timestep, source, rays, rays, pose, embedding)
         theirs.caption_projection = None
         token = ours.pooled_token(torch.cat([embedding, pose], dim=1))[:, None]
         nothing = {"resolution": None, "aspect_ratio": None}
         expected = theirs(noisy, token, timestep, added_cond_kwargs=nothing).sample
     assert expected.std() > 0.1
-    assert torch.allclose(found, expected[:, :2], atol=1e-4)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.allclose(half, found[:, :2], atol=1e-6)
 
 
 def test_says_what_is_new_and_what_is_not_used(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdrr.pipeline import STEPS
 from svdrr.presets import PRESETS, preset
 from svdrr.train import untrained
 
@@ -33,9 +34,17 @@ def test_its_docstring_knows_its_size_and_that_nothing_was_measured(name: str) -
 
 
 def test_the_papers_recipe() -> None:
-    """Learning rates, batches and steps of its three stages."""
-    stages = [(stage.size, stage.learning_rate, stage.batch, stage.steps) for stage in preset("svdrr-xl", 0).stages]
+    """Learning rates, batches and steps of its three stages; the optimizer; what is dropped; how it is sampled."""
+    config = preset("svdrr-xl", 0)
+    stages = [(stage.size, stage.learning_rate, stage.batch, stage.steps) for stage in config.stages]
     assert stages == [(256, 5e-6, 64, 200_000), (512, 3e-6, 32, 100_000), (1024, 1e-6, 8, 100_000)]
+    assert (config.betas, config.weight_decay, config.clip_norm, config.token_rate) == ((0.9, 0.999), 0.01, 1, 10)
+    assert (config.warmup_steps, config.decay, config.ema_decay) == (1000, False, 0)
+    assert (config.drop_source, config.drop_stream, config.model.learned_null) == (0.05, 0.05, False)
+    assert (config.model.prediction, config.model.learned_variance, config.pa_fraction) == ("epsilon", True, 1)
+    assert (STEPS["epsilon"], config.guidance_scale) == (20, 3)
+    assert (config.vae.default, config.vae.measured) == ("stabilityai/sdxl-vae", False)
+    assert config.image_encoder == "openai/clip-vit-large-patch14"
 
 
 @pytest.mark.parametrize("name", ["small", "base", "svdrr-xl"])

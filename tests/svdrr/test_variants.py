@@ -26,6 +26,7 @@ VARIANTS = {
     "ours": ModelConfig(**SHAPE),
     "epsilon": ModelConfig(**SHAPE, prediction="epsilon"),
     "not preconditioned": ModelConfig(**SHAPE, preconditioned=False),
+    "learned variance": ModelConfig(**SHAPE, prediction="epsilon", learned_variance=True),
     "unscaled source": ModelConfig(**SHAPE, scaled_source=False),
     "pooled": ModelConfig(**SHAPE, pooled_source=True),
     "pooled outside": ModelConfig(**SHAPE, pooled_source=True, image_embedding=5),
@@ -34,11 +35,13 @@ VARIANTS = {
     "no pose modulation": ModelConfig(**SHAPE, pose_modulation=False),
     "no qk norm": ModelConfig(**SHAPE, qk_norm=False),
     "no cross norm": ModelConfig(**SHAPE, cross_norm=False),
+    "null of zeros": ModelConfig(**SHAPE, learned_null=False),
     "PixArt's positions": ModelConfig(**SHAPE, pixart_positions=True, norm_eps=1e-6),
     "the paper": SMALL_PAPER,
 }
 # of the parameters, those that another variant has not, or in another shape
 CHANGED = {
+    "learned variance": {"final.weight", "final.bias"},
     "pooled": {"pose_token", "pooled_token"},
     "pooled outside": {"pose_token", "pooled_token", "source_stem", "source_norm", "null_token"},
     "no rays": {"patch_condition", "source_stem"},
@@ -46,6 +49,7 @@ CHANGED = {
     "no pose modulation": {"pose_embedding"},
     "no qk norm": {"query_norm", "key_norm"},
     "no cross norm": {"cross_norm"},
+    "null of zeros": {"null_token", "null_latent"},
 }
 CHANGED["the paper"] = set().union(*CHANGED.values())
 
@@ -114,7 +118,8 @@ def test_trains_a_step_in_which_every_parameter_has_its_part(tiny: TrainConfig, 
     latents = torch.randn(3, CHANNELS, CELLS, CELLS, generator=torch.Generator().manual_seed(3))
     views = some_views([0.0] * 3, [0.0] * 3)  # which only a coarse branch asks for
     batch = Batch(latents, told(variant), torch.zeros(3, CELLS, CELLS), views, views)
-    draws = draw_noise(3, latents.shape[1:], 0.0, seed=4)._replace(drop=torch.tensor([True, False, False]))
+    drop = torch.tensor([[True, True], [False, True], [False, False]])
+    draws = draw_noise(3, latents.shape[1:], 0.0, seed=4)._replace(drop=drop)
 
     def loss() -> Tensor:
         return pair_losses(transformer, batch, draws, variant.prediction, 1.0).mean()
@@ -161,6 +166,24 @@ def test_a_dropped_source_is_not_heard_but_its_pose_is(tiny: TrainConfig, varian
     assert (predicted(transformer, values | source) - predicted(transformer, values)).abs().max() > 1e-3
     other_pose = values | {"pose": values["pose"].flip(0)}
     assert (predicted(transformer, other_pose, drop_source=drop) - reference).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ours", "null of zeros", "pooled outside", "the paper"])
+def test_each_stream_can_be_dropped_alone(tiny: TrainConfig, name: str) -> None:
+    """The first sample loses its tokens, the second its latent, the third both. Zeros are what a null of zeros is."""
+    transformer, values = awake(tiny, VARIANTS[name]), told(VARIANTS[name])
+    drop = torch.tensor([[True, False], [False, True], [True, True]])
+    found = predicted(transformer, values, drop_source=drop)
+    kept, both = predicted(transformer, values), predicted(transformer, values, drop_source=torch.ones(3).bool())
+    for row in (0, 1):
+        assert (found[row] - kept[row]).abs().max() > 1e-4
+        assert (found[row] - both[row]).abs().max() > 1e-4
+    assert torch.equal(found[2], both[2])
+    if name == "the paper":
+        shift, scale = transformer.config.source_shift, transformer.config.source_scale
+        zeros = {name: torch.zeros_like(values[name]) for name in ("image_embedding", "source_latent")}
+        zeros["source_latent"] -= shift / scale  # which the model takes to zero
+        assert torch.allclose(predicted(transformer, values | zeros), both, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ours", "pooled", "pooled outside"])
@@ -211,6 +234,28 @@ def test_what_is_not_preconditioned_is_silent_at_the_start(tiny: TrainConfig) ->
     assert torch.equal(predicted(transformer, told(VARIANTS["ours"])), torch.zeros(3, CHANNELS, CELLS, CELLS))
 
 
+@pytest.mark.parametrize("name", ["epsilon", "learned variance"])
+def test_a_learned_variance_is_as_many_channels_again(tiny: TrainConfig, name: str) -> None:
+    model = VARIANTS[name]
+    output = predicted(awake(tiny, model), told(model))
+    assert output.shape == (3, CHANNELS * (1 + model.learned_variance), CELLS, CELLS)
+
+
+def test_the_variance_is_learned_beside_the_noise_and_does_not_teach_it() -> None:
+    """The gradient of the first channels is that of the squared error alone; the others have one of their own."""
+    latents = torch.randn(3, CHANNELS, CELLS, CELLS, generator=torch.Generator().manual_seed(3))
+    views = some_views([0.0] * 3, [0.0] * 3)
+    batch = Batch(latents, {}, torch.zeros(3, CELLS, CELLS), views, views)
+    draws = draw_noise(3, latents.shape[1:], 0.0, seed=4)
+    gradients = []
+    for channels in (CHANNELS, 2 * CHANNELS):
+        output = torch.full((3, channels, CELLS, CELLS), 0.5, requires_grad=True)
+        pair_losses(lambda *_, output=output, **__: output, batch, draws, "epsilon", 1.0).sum().backward()
+        gradients.append(output.grad)
+    assert torch.equal(gradients[0], gradients[1][:, :CHANNELS])
+    assert gradients[1][:, CHANNELS:].abs().min() > 0
+
+
 def test_each_prediction_has_its_scheduler() -> None:
     assert isinstance(scheduler("velocity", 2.0), FlowMatchEulerDiscreteScheduler)
     diffusion = scheduler("epsilon", 2.0)
@@ -222,6 +267,8 @@ def test_each_prediction_has_its_scheduler() -> None:
 def test_what_cannot_be_is_refused(tiny: TrainConfig) -> None:
     with pytest.raises(InputError, match="no prediction 'x0': it is one of velocity, epsilon"):
         ViewTransformer(prediction="x0")
+    with pytest.raises(InputError, match="learned_variance is a diffusion's, and this model predicts the velocity"):
+        ViewTransformer(learned_variance=True)
     with pytest.raises(InputError, match="needs pooled_source"):
         ViewTransformer(image_embedding=5)
     values = told(VARIANTS["the paper"])

@@ -14,6 +14,8 @@ class VAEConfig:
     """The autoencoder and its training. block_channels: each block but the last halves the side. crop: in pixels.
 
     gradient_weight: of the error of finite differences. equivariance_weight: see vae.equivariance. 0 is off.
+    default: the trained one that is used where `--vae` names none: a folder or a hub id. measured: the scale of the
+    latents is measured on the training views; without, it is the autoencoder's own.
     """
 
     latent_channels: int
@@ -26,6 +28,8 @@ class VAEConfig:
     learning_rate: float
     gradient_weight: float = 1.0
     equivariance_weight: float = 0.0
+    default: str | None = None
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class ModelConfig:
     head_dim: int
     prediction: str = "velocity"
     preconditioned: bool = True
+    learned_variance: bool = False
     scaled_source: bool = True
     pooled_source: bool = False
     image_embedding: int | None = None
@@ -51,6 +56,7 @@ class ModelConfig:
     cross_norm: bool = True
     pixart_positions: bool = False
     norm_eps: float = 1e-5
+    learned_null: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,18 @@ class TrainConfig:
     validation_pairs: int
     checkpoint_every: int
     keep_checkpoints: int
+    drop_stream: float = 0.0  # fraction trained on that in one of the source's streams only, for each of them
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW; a short memory pays most in short runs
+    decay: bool = True  # of the learning rate, after the warm-up; without, it stays
+    token_rate: float = 1.0  # factor on the learning rate of the layer that makes a pooled source's token
+    guidance_scale: float = 1.0  # of the finished pipeline, where its caller gives none
     init: str | None = None  # PixArt's weights, which the transformer begins from: a folder or a hub id
     coarse: CoarseConfig | None = None  # a coarse mean of the target that the transformer is given
     cache_latents: bool = True  # False encodes each batch when it is needed
     spread_weights: bool = False  # over the processes (FSDP), where there are several; else each has all of them
-    pretrained_vae: str | None = None  # the digest of `--vae`; None where the run trains its own
+    image_encoder: str | None = None  # the CLIP that embeds the source: a folder or a hub id
+    image_encoder_digest: str | None = None
+    pretrained_vae: str | None = None  # the digest of the trained one that is used; None where the run trains its own
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values."""

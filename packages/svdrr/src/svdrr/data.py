@@ -141,8 +141,8 @@ def draw_augmentations(count: int, fraction: float, seed: int) -> list[np.random
 class Draws(NamedTuple):
     """What is drawn for a batch besides its pairs, on the CPU.
 
-    noise: [B, C, h, w]. quantile: [B], 0 to 1, of the noise levels (see flow.Objective). drop: [B], whose source is
-    dropped.
+    noise: [B, C, h, w]. quantile: [B], 0 to 1, of the noise levels (see flow.Objective). drop: [B, 2], whose source is
+    dropped, in the first of the model's streams and in the second.
     """
 
     noise: Tensor
@@ -153,23 +153,30 @@ class Draws(NamedTuple):
         return Draws(*(values[rows] for values in self))
 
 
-def draw_noise(count: int, shape: Sequence[int], drop_source: float, seed: int) -> Draws:
-    """For `count` targets of the shape [C, h, w], of which this fraction goes without its source."""
+def draw_noise(count: int, shape: Sequence[int], drop_source: float, seed: int, drop_stream: float = 0.0) -> Draws:
+    """For `count` targets of the shape [C, h, w].
+
+    The fraction `drop_source` of them goes without its source, and `drop_stream` without its first stream, and as many
+    without its second.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return Draws(
-        noise=torch.randn(count, *shape, generator=generator),
-        quantile=torch.rand(count, generator=generator),
-        drop=torch.rand(count, generator=generator) < drop_source,
-    )
+    noise = torch.randn(count, *shape, generator=generator)
+    quantile = torch.rand(count, generator=generator)
+    lot = torch.rand(count, generator=generator)
+    first = lot < drop_source + drop_stream
+    second = (lot < drop_source) | ~first & (lot < drop_source + 2 * drop_stream)
+    return Draws(noise, quantile, torch.stack([first, second], dim=1))
 
 
 class Read(NamedTuple):
     """B pairs as they were read, on the CPU: of 2 B views, targets before sources, those in is_image [2B] as images.
 
-    latents: [2B - I, C, h, w] of the others. images: line integrals [I, N, N]. target_truncated: as in Batch.
+    latents: [2B - I, C, h, w] of the others. embeddings: [S, E] of the sources among these, where they are stored.
+    images: line integrals [I, N, N]. target_truncated: as in Batch.
     """
 
     latents: Tensor | None
+    embeddings: Tensor | None
     images: NDArray[np.float32]
     is_image: NDArray[np.bool_]
     target_truncated: Tensor
@@ -197,12 +204,17 @@ def read_batch(
     for image, rng in zip(images, itertools.compress(rngs, is_image), strict=True):
         if rng is not None:
             image[:] = augmented(image, rng)
+    count = len(pairs.shard)
     if stored is None:
-        latents, truncated = None, read_truncated(shards, size, side, pairs.shard, pairs.target)
+        latents, embeddings = None, None
+        truncated = read_truncated(shards, size, side, pairs.shard, pairs.target)
     else:
-        latents, truncated = stored(shard[~is_image], view[~is_image])
-        truncated = truncated[: len(pairs.shard)]
-    return Read(latents, images, is_image, truncated, *(_views(shards, pairs.shard, v) for v in pairs[1:]))
+        latents, truncated, embeddings = stored(shard[~is_image], view[~is_image])
+        truncated = truncated[:count]
+        if embeddings is not None:
+            embeddings = embeddings[count:]
+    views = (_views(shards, pairs.shard, v) for v in pairs[1:])
+    return Read(latents, embeddings, images, is_image, truncated, *views)
 
 
 class Batch(NamedTuple):
@@ -220,21 +232,41 @@ class Batch(NamedTuple):
 
 
 def encode_batch(
-    read: Read, encode: Callable[[Tensor], Tensor], size: int, absolute_pose: bool, device: torch.device
+    read: Read,
+    encode: Callable[[Tensor], Tensor],
+    size: int,
+    absolute_pose: bool,
+    device: torch.device,
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> Batch:
     """Phase two: what was read, as latents on the device. encode: line integrals [I, 1, N, N] to latents [I, C, h, w].
 
-    size: of the images, in pixels. absolute_pose: as in transformer.condition.
+    size: of the images, in pixels. absolute_pose: as in transformer.condition. embed: as in latents.cached.
     """
-    place = np.argsort(np.argsort(read.is_image, kind="stable"))  # of each view among the parts: images come last
     with torch.autocast(device.type, enabled=False):  # neither latents nor directions are to have 8 bits
-        parts = [] if read.latents is None else [read.latents.to(device)]
-        if len(read.images):
-            parts.append(encoded(read.images, encode).to(device))
-        target, source = torch.cat(parts)[torch.from_numpy(place)].chunk(2)
+        target, source = _together(read.latents, read.images, read.is_image, encode, device).chunk(2)
         views = read.source_views.to(device), read.target_views.to(device)
         told = condition(source, *views, size, absolute_pose)
+        if embed is not None:
+            is_image = read.is_image[len(source) :]
+            images = read.images[len(read.images) - is_image.sum() :]
+            told["image_embedding"] = _together(read.embeddings, images, is_image, embed, device)
     return Batch(target, told, read.target_truncated.to(device), *views)
+
+
+def _together(
+    stored: Tensor | None,
+    images: NDArray[np.float32],
+    is_image: NDArray[np.bool_],
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> Tensor:
+    """What was stored of views, and what `encode` makes of the others' images, in the order of the views."""
+    place = np.argsort(np.argsort(is_image, kind="stable"))  # of each view among the parts: images come last
+    parts = [] if stored is None else [stored.to(device)]
+    if len(images):
+        parts.append(encoded(images, encode).to(device))
+    return torch.cat(parts)[torch.from_numpy(place)]
 
 
 def _views(shards: Sequence[Shard], shard: NDArray[np.int64], view: NDArray[np.int64]) -> Views:

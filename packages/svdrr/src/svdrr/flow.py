@@ -7,9 +7,11 @@ Both take data to noise along a path, alpha(t) data + sigma(t) noise, and number
   (Stable Diffusion 3). The conventions are those of diffusers' FlowMatchEulerDiscreteScheduler: sigma runs from 0 to
   1, the timestep is 1000 sigma, and a step follows the velocity d x / d sigma.
 - epsilon: the noise itself, over the linear betas of Ho et al. 2020 (DDPM), which PixArt and SV-DRR use. Timesteps are
-  the whole numbers 0 to 999 of diffusers' schedulers.
+  the whole numbers 0 to 999 of diffusers' schedulers. Beside it, the variance of a step back can be learned: see
+  `variance_loss`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -106,9 +108,42 @@ OBJECTIVES = {
 
 def loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Mean squared error of [B, C, h, w] per sample, its cells weighted by [B, h, w]: [B]; 0 where no cell counts."""
-    error = (prediction - target).square().mean(dim=1)
-    least = torch.finfo(error.dtype).tiny
-    return (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=least)
+    return _weighted((prediction - target).square(), weight)
+
+
+def variance_loss(error: Tensor, variance: Tensor, timestep: Tensor, weight: Tensor) -> Tensor:
+    """The term of the variational bound at the timestep [B], in bits per number (Nichol & Dhariwal 2021, eq. 4 to 7).
+
+    It is learned with a variance [B, C, h, w] that says where between beta_t's logarithm (1) and that of the true
+    step's (-1) the step's lies (eq. 15). error: the predicted noise less the true one, [B, C, h, w], without a
+    gradient: the mean is the squared error's business. weight and result: as of `loss`. Their factor of 0.001 on the
+    sum over 1000 timesteps (eq. 16) is 1 on one of them.
+
+    The last step ends in the data, which are no 8-bit images here: its term is the density, and may be negative.
+    """
+    betas = torch.linspace(*BETA_RANGE, NUM_TIMESTEPS, device=error.device, dtype=torch.float64)
+    signal = (1 - betas).cumprod(dim=0)
+    before = torch.cat([signal.new_ones(1), signal[:-1]])
+    true_variance = betas * (1 - before) / (1 - signal)
+    true_variance[0] = true_variance[1]  # the last step's is 0, which has no logarithm
+    mean_per_error = betas / ((1 - betas) * (1 - signal)).sqrt()
+
+    def at(values: Tensor) -> Tensor:
+        return _beside(values[timestep.long()], error).to(error.dtype)
+
+    share = (variance.to(error.dtype) + 1) / 2
+    log_true = at(true_variance.log())
+    log_variance = share * at(betas.log()) + (1 - share) * log_true
+    squared = (at(mean_per_error) * error).square() * torch.exp(-log_variance)
+    divergence = (log_variance - log_true + torch.exp(log_true - log_variance) - 1 + squared) / 2
+    density = (math.log(2 * math.pi) + log_variance + squared) / 2
+    return _weighted(torch.where(_beside(timestep, error) == 0, density, divergence) / math.log(2), weight)
+
+
+def _weighted(values: Tensor, weight: Tensor) -> Tensor:
+    of_cells = values.mean(dim=1)
+    least = torch.finfo(of_cells.dtype).tiny
+    return (of_cells * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=least)
 
 
 def _beside(levels: Tensor, data: Tensor) -> Tensor:

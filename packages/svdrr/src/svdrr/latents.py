@@ -29,42 +29,45 @@ MAX_OPEN = 256
 class Latents(NamedTuple):
     """Of N views: latents [N, C, h, w] and truncated [N, h, w], 0 to 1, how much of each cell's pixels are marked.
 
-    Where a shard has no marks, truncated is 0.
+    Where a shard has no marks, truncated is 0. embedding: [N, E], where there is an image encoder.
     """
 
     values: Tensor
     truncated: Tensor
+    embedding: Tensor | None = None
 
 
 Reader = Callable[[NDArray[np.int64], NDArray[np.int64]], Latents]
 
 
-def latent_path(folder: Path, shard: Shard, size: int, vae_digest: str) -> Path:
-    """Both digests are in the name: latents of another shard content or of another VAE are never found."""
-    return folder / vae_digest[:16] / str(size) / f"{shard.digest[:32]}.npy"
+def latent_path(folder: Path, shard: Shard, size: int, digest: str) -> Path:
+    """Both digests are in the name: what is of another shard content, or was encoded otherwise, is never found."""
+    return folder / digest[:16] / str(size) / f"{shard.digest[:32]}.npy"
 
 
 def cached(
     shards: Sequence[Shard],
     size: int,
     encode: Callable[[Tensor], Tensor],
-    vae_digest: str,
+    digest: str,
     folder: Path,
     part: tuple[int, int] = (0, 1),
     is_over: Callable[[], bool] = lambda: False,
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> Reader:
     """Reads latents of these shards at this level from the folder, after encoding what is not there yet.
 
-    encode: line integrals [B, 1, size, size] to latents [B, C, h, w]. part: (index, count) of the processes that
-    share this work; each encodes its own shards only. is_over: asked after each shard that was encoded, whether to
-    leave the others to the next call. Raises InputError where the folder takes no more.
+    encode: line integrals [B, 1, size, size] to latents [B, C, h, w]. digest: of what encodes and embeds. part: (index,
+    count) of the processes that share this work; each encodes its own shards only. is_over: asked after each shard that
+    was encoded, whether to leave the others to the next call. embed: line integrals, likewise, to embeddings [B, E],
+    which are then kept with the latents. Raises InputError where the folder takes no more.
     """
-    paths = [latent_path(folder, shard, size, vae_digest) for shard in shards]
+    paths = [latent_path(folder, shard, size, digest) for shard in shards]
     index, count = part
     mine = list(zip(shards, paths, strict=True))[index::count]
     for shard, path in tqdm(mine, desc=f"latents {size}px", unit="shard", disable=index > 0 or not shards):
         if not _whole(path):
-            _write(path, shard, size, encode)
+            _write(path, shard, size, encode, embed)
             if is_over():
                 break
 
@@ -75,7 +78,10 @@ def cached(
         rows = [mapped(paths[s])[v] for s, v in zip(shard, view, strict=True)]
         values = np.stack([row["latents"] for row in rows]).astype(np.float32)
         marks = np.stack([row["truncated"] for row in rows]).astype(np.float32) / 255
-        return Latents(torch.from_numpy(values), torch.from_numpy(marks))
+        if embed is None:
+            return Latents(torch.from_numpy(values), torch.from_numpy(marks))
+        embedding = np.stack([row["embedding"] for row in rows]).astype(np.float32)
+        return Latents(torch.from_numpy(values), torch.from_numpy(marks), torch.from_numpy(embedding))
 
     return read
 
@@ -103,19 +109,28 @@ def read_truncated(
 
 
 def encoded(images: NDArray[np.float32], encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Line integrals [N, size, size] to latents [N, C, h, w] in float32, a few at a time. encode: as in `cached`."""
+    """Line integrals [N, size, size] to latents [N, C, h, w] in float32, a few at a time; or to embeddings [N, E].
+
+    encode: as `encode` or `embed` in `cached`.
+    """
     batches = torch.from_numpy(images)[:, None].split(_batch(images.shape[-1]))
     with torch.no_grad():
         return torch.cat([encode(batch) for batch in batches]).float()
 
 
-def _write(path: Path, shard: Shard, size: int, encode: Callable[[Tensor], Tensor]) -> None:
-    """One record per view, the latents as float16 and the marks in steps of 1/255, named when it is whole."""
+def _write(
+    path: Path,
+    shard: Shard,
+    size: int,
+    encode: Callable[[Tensor], Tensor],
+    embed: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """One record per view, latents and embedding as float16, the marks in steps of 1/255; named when it is whole."""
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            _write_records(file, shard, size, encode)
+            _write_records(file, shard, size, encode, embed)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -124,14 +139,27 @@ def _write(path: Path, shard: Shard, size: int, encode: Callable[[Tensor], Tenso
         raise InputError(f"cannot write {path} ({error}): make room and run the same command") from error
 
 
-def _write_records(file: BinaryIO, shard: Shard, size: int, encode: Callable[[Tensor], Tensor]) -> None:
+def _write_records(
+    file: BinaryIO,
+    shard: Shard,
+    size: int,
+    encode: Callable[[Tensor], Tensor],
+    embed: Callable[[Tensor], Tensor] | None,
+) -> None:
     step = _batch(size)
     for begin in range(0, len(shard), step):
         views = range(begin, min(begin + step, len(shard)))
-        latents = encoded(shard.images(size, views), encode).cpu().numpy()
-        record = np.dtype([("latents", "<f2", latents.shape[1:]), ("truncated", "u1", latents.shape[2:])])
+        images = shard.images(size, views)
+        latents = encoded(images, encode).cpu().numpy()
+        fields: list[tuple] = [("latents", "<f2", latents.shape[1:]), ("truncated", "u1", latents.shape[2:])]
+        if embed is not None:
+            embeddings = encoded(images, embed).cpu().numpy()
+            fields.append(("embedding", "<f2", embeddings.shape[1:]))
+        record = np.dtype(fields)
         rows = np.zeros(len(views), record)
         rows["latents"] = latents
+        if embed is not None:
+            rows["embedding"] = embeddings
         marks = shard.truncation(size, views)
         if marks is not None:
             rows["truncated"] = np.rint(255 * _fraction(marks, latents.shape[-1]))

@@ -9,9 +9,9 @@ import copy
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +24,6 @@ from svdrr.checkpoint import Checkpoint, restore, save, state
 from svdrr.errors import InputError
 from svdrr.processes import gathered, my_rows, spread, whole
 from svdrr.stop import StopRequest
-
-BETAS = (0.9, 0.95)
-"""Of AdamW. A short memory of the gradients' size, as is usual for transformers; it pays most in short runs."""
 
 READ_AHEAD = 4
 """Steps, and threads: decoding and augmenting images takes longer than a GPU's step, reading latents far less."""
@@ -44,6 +41,7 @@ class Task:
     describe: (step, row) to words that name what the row is.
     watches: pairs of (every so many steps and at the end, what is then done with the average of the weights and the
         number of steps); it returns values for the log. All processes call it.
+    rates: names of parts of the model, each with a factor on its learning rate.
     """
 
     name: str
@@ -54,17 +52,21 @@ class Task:
     losses: Callable[[nn.Module, Any, int, slice], Tensor]
     describe: Callable[[int, int], str]
     watches: Sequence[tuple[int, Callable[[nn.Module, int], dict[str, float]]]] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Habits:
     """What all tasks of a run have in common.
 
+    betas: of AdamW. decay: the learning rate falls, and does not stay as it is after the warm-up.
     at_once: rows that a process takes at once; None is all of its own. log: takes the values of a step, in the main
     process only.
     """
 
     warmup_steps: int
+    decay: bool
+    betas: tuple[float, float]
     weight_decay: float
     clip_norm: float
     ema_decay: float
@@ -113,8 +115,15 @@ def fit(
         spread(average, [twins[block] for block in blocks])
         spread(model, blocks)
     parameters = list(model.parameters())
+    factors = {
+        parameter: factor for part, factor in task.rates.items() for parameter in model.get_submodule(part).parameters()
+    }
+    groups = [
+        {"params": [parameter for parameter in parameters if factors.get(parameter, 1.0) == factor], "factor": factor}
+        for factor in sorted({1.0, *factors.values()})
+    ]
     optimizer = torch.optim.AdamW(
-        parameters, lr=task.learning_rate, betas=BETAS, weight_decay=habits.weight_decay, fused=True
+        groups, lr=task.learning_rate, betas=habits.betas, weight_decay=habits.weight_decay, fused=True
     )
     first = 0
     if checkpoint is not None and checkpoint.stage == task.name:
@@ -143,9 +152,9 @@ def fit(
             began = time.monotonic()
             batch = next(batches)
             waited_s += time.monotonic() - began
-            rate = task.learning_rate * schedule(step, task.steps, habits.warmup_steps)
+            rate = task.learning_rate * schedule(step, task.steps, habits.warmup_steps, habits.decay)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
             of_rows = []
             for piece, read in zip(rows, batch, strict=True):
                 is_last = piece is rows[-1]
@@ -223,9 +232,10 @@ def ahead(read: Callable[[int, slice], Any], first: int, steps: int, rows: Seque
                 one.cancel()
 
 
-def schedule(step: int, steps: int, warmup_steps: int) -> float:
-    """The factor on the learning rate: up in a line over the warm-up, down in half a cosine to the end."""
-    return min(1.0, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * step / steps)) / 2
+def schedule(step: int, steps: int, warmup_steps: int, decay: bool) -> float:
+    """The factor on the learning rate: up in a line over the warm-up; with `decay`, down in half a cosine after."""
+    warm = min(1.0, (step + 1) / warmup_steps)
+    return warm * (1 + math.cos(math.pi * step / steps)) / 2 if decay else warm
 
 
 @torch.no_grad()

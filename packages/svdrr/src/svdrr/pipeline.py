@@ -1,6 +1,7 @@
 """From one X-ray to the views from other directions: the model with its scheduler, and the only sampling loop."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from svdrr import flow
+from svdrr import clip, flow
 from svdrr import vae as autoencoder
 from svdrr.coarse import CoarseMean
 from svdrr.errors import InputError
@@ -51,15 +52,17 @@ class SVDRRPipeline(DiffusionPipeline):
     """Synthesises views of a patient from one view.
 
     size: side in pixels of the images it was trained on last. sdd_mm, sod_mm, detector_mm: the geometry it was trained
-    with. film_line_integrals: the line integrals at FILM_PERCENTILES of the training views from PA. coarse: for a
-    transformer that is given a coarse mean, the network that predicts it; raises InputError where only one is there.
+    with. film_line_integrals: the line integrals at FILM_PERCENTILES of the training views from PA. guidance_scale: of
+    a call that gives none. coarse: for a transformer that is given a coarse mean, the network that predicts it; raises
+    InputError where only one is there. image_encoder: the CLIP (see clip.py) that embeds the source for a transformer
+    that wants it; without, a call has to give the embedding. Raises InputError where it does not fit.
 
     Load it by `SVDRRPipeline.from_pretrained(folder)`; the generic `DiffusionPipeline.from_pretrained` does not know
     this class.
     """
 
-    model_cpu_offload_seq = "coarse->transformer->vae"
-    _optional_components = ["coarse"]  # noqa: RUF012 - diffusers' own, a list
+    model_cpu_offload_seq = "image_encoder->coarse->transformer->vae"
+    _optional_components = ["coarse", "image_encoder"]  # noqa: RUF012 - diffusers' own, a list
 
     def __init__(
         self,
@@ -71,20 +74,30 @@ class SVDRRPipeline(DiffusionPipeline):
         sod_mm: float = 1640.0,
         detector_mm: float = 432.0,
         film_line_integrals: list[float] | None = None,
+        guidance_scale: float = 1.0,
         coarse: CoarseMean | None = None,
+        image_encoder: Any = None,
     ) -> None:
         super().__init__()
         if transformer.config.coarse and coarse is None:
             raise InputError("this transformer wants a coarse mean: give `coarse`, what it was trained with")
         if coarse is not None and not transformer.config.coarse:
             raise InputError("this transformer wants no coarse mean: leave `coarse` out")
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, coarse=coarse)
+        if image_encoder is not None and image_encoder.config.projection_dim != transformer.config.image_embedding:
+            raise InputError(
+                f"this transformer wants an image_embedding of {transformer.config.image_embedding} numbers, and this "
+                f"image_encoder makes {image_encoder.config.projection_dim}: give another, or none"
+            )
+        self.register_modules(
+            vae=vae, transformer=transformer, scheduler=scheduler, coarse=coarse, image_encoder=image_encoder
+        )
         self.register_to_config(
             size=size,
             sdd_mm=sdd_mm,
             sod_mm=sod_mm,
             detector_mm=detector_mm,
             film_line_integrals=film_line_integrals,
+            guidance_scale=guidance_scale,
         )
 
     @torch.no_grad()
@@ -98,7 +111,7 @@ class SVDRRPipeline(DiffusionPipeline):
         detector_mm: float | None = None,
         num_inference_steps: int | None = None,
         start: float | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         image_embedding: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> SVDRROutput:
@@ -107,10 +120,12 @@ class SVDRRPipeline(DiffusionPipeline):
         source: line integrals [1 or B, 1, N, N]. The distances, of source and targets alike, are those of training by
         default, and so is the number of steps (STEPS). start: the sigma, above 0 and up to 1, at which sampling begins
         with the coarse mean under noise; by default it begins with noise alone, as at 1. guidance_scale: 1 samples the
-        model as it is; more pushes away from what the null condition gives. image_embedding: [1 or B, E] of the source,
-        for a model that needs it. generator: one for all or one per target; a CPU generator gives the same noise on
-        every device. Raises InputError at a `start` that cannot be.
+        model as it is; more pushes away from what the null condition gives; by default that of the pipeline.
+        image_embedding: [1 or B, E] of the source, for a model that needs it and has no encoder of its own. generator:
+        one for all or one per target; a CPU generator gives the same noise on every device. Raises InputError at a
+        `start` that cannot be.
         """
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if start is not None:
             self._check_start(start)
         device = self._execution_device
@@ -127,6 +142,8 @@ class SVDRRPipeline(DiffusionPipeline):
         source_latent = source_latent.expand(count, -1, -1, -1)
         absolute_pose = self.transformer.config.absolute_pose
         told = condition(source_latent, source_views, target_views, source.shape[-1], absolute_pose)
+        if image_embedding is None and self.image_encoder is not None:
+            image_embedding = clip.embed(self.image_encoder, source.to(device, self.image_encoder.dtype))
         if image_embedding is not None:
             told["image_embedding"] = image_embedding.to(source_latent).expand(count, -1)
         if self.coarse is not None:
@@ -140,9 +157,9 @@ class SVDRRPipeline(DiffusionPipeline):
             latents = flow.path(told["coarse_latent"], latents, self.scheduler.sigmas[:1].to(latents))
         for timestep in self.progress_bar(self.scheduler.timesteps):
             timesteps = timestep.expand(count)
-            predicted = self.transformer(latents, timesteps, **told)
+            predicted = self.transformer(latents, timesteps, **told)[:, : latents.shape[1]]  # without variances
             if guidance_scale != 1:
-                without = self.transformer(latents, timesteps, **told, drop_source=null)
+                without = self.transformer(latents, timesteps, **told, drop_source=null)[:, : latents.shape[1]]
                 predicted = without + guidance_scale * (predicted - without)
             latents = self.scheduler.step(predicted, timestep, latents).prev_sample
         return SVDRROutput(line_integrals=autoencoder.decode(self.vae, latents.to(self.vae.dtype)))

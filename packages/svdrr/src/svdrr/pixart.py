@@ -9,6 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
+from svdrr import hub
 from svdrr.errors import InputError
 from svdrr.transformer import ViewTransformer
 
@@ -45,16 +46,18 @@ def load(model: ViewTransformer, init: str) -> Loaded:
     """Puts the weights of a PixArtTransformer2DModel into the model.
 
     init: its folder, or a hub id or a folder of a pipeline that has it as `transformer`. The source's channels beside
-    the noisy latent stay as they are, zero in an untrained model. Raises InputError where the weights cannot be had, or
-    are of another shape.
+    the noisy latent stay as they are, zero in an untrained model. PixArt's learned variances are left out where the
+    model has none. Raises InputError where the weights cannot be had, or are of another shape.
     """
     local = (Path(init) / "config.json").exists()
     try:
         theirs = PixArtTransformer2DModel.from_pretrained(init, subfolder=None if local else "transformer").state_dict()
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"no PixArt weights at {init} ({reason}): give --init its folder or hub id") from error
-    ours = mapped(theirs, model.config.num_layers, model.config.latent_channels, model.config.patch_size**2)
+        raise InputError(
+            f"no PixArt weights at {init} ({hub.reason(error)}): give --init its folder or hub id"
+        ) from error
+    area = model.config.patch_size**2
+    ours = mapped(theirs, model.config.num_layers, model.final.out_features // area, area)
     there = model.state_dict()
     wrong = [name for name in ours if name not in there or there[name].shape != ours[name].shape]
     if not ours or wrong:
@@ -65,10 +68,10 @@ def load(model: ViewTransformer, init: str) -> Loaded:
     return Loaded(new, unused)
 
 
-def mapped(theirs: Mapping[str, Tensor], num_layers: int, latent_channels: int, area: int) -> dict[str, Tensor]:
+def mapped(theirs: Mapping[str, Tensor], num_layers: int, outputs: int, area: int) -> dict[str, Tensor]:
     """PixArt's tensors by our names and in our shapes. Raises InputError where one is missing.
 
-    area: latent pixels of a patch. Of PixArt's outputs, the learned variances are left out.
+    outputs: channels, those of the noise before those of the variance. area: latent pixels of a patch.
     """
     ours = {}
     for name, parts in _names(num_layers):
@@ -77,7 +80,7 @@ def mapped(theirs: Mapping[str, Tensor], num_layers: int, latent_channels: int, 
         ours[name] = torch.cat([theirs[part] for part in parts])
     ours["patch.weight"] = ours["patch.weight"].flatten(1)
     for name in ("final.weight", "final.bias"):  # PixArt's outputs are channel by channel within a pixel, ours not
-        ours[name] = ours[name].unflatten(0, (area, -1))[:, :latent_channels].transpose(0, 1).flatten(0, 1)
+        ours[name] = ours[name].unflatten(0, (area, -1))[:, :outputs].transpose(0, 1).flatten(0, 1)
     return ours
 
 

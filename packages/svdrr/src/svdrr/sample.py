@@ -34,7 +34,10 @@ def sample(
     folder = model_folder(model)
     picture = radiograph.read(image)
     logging.disable_progress_bar()  # of loading the parts; that of sampling stays
-    pipeline = SVDRRPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        pipeline = SVDRRPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    except ModuleNotFoundError as error:
+        raise InputError(f"{folder} has parts of {error.name}, which is missing: pip install 'svdrr[clip]'") from error
     pixels = picture.pixels
     if picture.is_film:
         pixels = radiograph.from_film(pixels, FILM_PERCENTILES, pipeline.config.film_line_integrals)

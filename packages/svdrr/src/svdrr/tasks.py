@@ -36,7 +36,8 @@ class Data:
     """Shards, and how their views of one size become latents.
 
     stored: reads latents (svdrr.latents), of train or of val shards; None: each view is encoded when it is wanted.
-    encode: line integrals [B, 1, size, size] to latents [B, C, side, side], on `device`.
+    encode: line integrals [B, 1, size, size] to latents [B, C, side, side], on `device`. embed: likewise to embeddings
+    [B, E], where there is an image encoder.
     """
 
     train: list[Shard]
@@ -47,6 +48,7 @@ class Data:
     stored_val: Reader | None
     encode: Callable[[Tensor], Tensor]
     device: torch.device
+    embed: Callable[[Tensor], Tensor] | None = None
 
 
 Shared = Callable[[int, Callable[[slice], Tensor]], Tensor]
@@ -125,7 +127,8 @@ def view_task(
 
     def losses(model: nn.Module, read: Read, step: int, rows: slice) -> Tensor:
         batch = given_coarse(coarse, pairs.batch(read))
-        draws = draw_noise(stage.batch, batch.target_latent.shape[1:], config.drop_source, pairs.seed(step))
+        shape, seed = batch.target_latent.shape[1:], pairs.seed(step)
+        draws = draw_noise(stage.batch, shape, config.drop_source, seed, config.drop_stream)
         return pair_losses(model, batch, draws.rows(rows), prediction, shift)
 
     def validate(average: nn.Module, done: int) -> dict[str, float]:
@@ -143,7 +146,10 @@ def view_task(
     if data.val:
         held_out = HeldOutPairs(config, data)
         watches = [(config.validate_every, validate), (config.sample_every, showing)]
-    return Task(stage.name, stage.steps, stage.batch, stage.learning_rate, pairs.read, losses, pairs.describe, watches)
+    rates = {} if config.token_rate == 1 else {"pooled_token": config.token_rate}
+    return Task(
+        stage.name, stage.steps, stage.batch, stage.learning_rate, pairs.read, losses, pairs.describe, watches, rates
+    )
 
 
 class TrainingPairs:
@@ -165,7 +171,7 @@ class TrainingPairs:
 
     def batch(self, read: Read) -> Batch:
         data = self._data
-        return encode_batch(read, data.encode, data.size, self._config.model.absolute_pose, data.device)
+        return encode_batch(read, data.encode, data.size, self._config.model.absolute_pose, data.device, data.embed)
 
     def describe(self, step: int, row: int) -> str:
         pairs = self._drawn(step)
@@ -186,7 +192,7 @@ class HeldOutPairs:
     def batch(self, rows: slice) -> Batch:
         data, pairs = self._data, self._fixed.pairs.rows(rows)
         read = read_batch(data.val, data.stored_val, pairs, [None] * len(pairs.shard), data.size, data.side)
-        return encode_batch(read, data.encode, data.size, self._config.model.absolute_pose, data.device)
+        return encode_batch(read, data.encode, data.size, self._config.model.absolute_pose, data.device, data.embed)
 
     def draws(self, batch: Batch, rows: slice) -> Draws:
         drawn = draw_noise(len(self), batch.target_latent.shape[1:], 0.0, self._seed)
@@ -211,8 +217,13 @@ def pair_losses(model: nn.Module, batch: Batch, draws: Draws, prediction: str, s
     noise, quantile, drop = (values.to(latents.device) for values in draws)
     timestep = objective.timestep(quantile, shift)
     noised = objective.noised(latents, noise, timestep)
-    predicted = model(noised.latents, timestep, **batch.condition, drop_source=drop)
-    return flow.loss(predicted, noised.target, 1 - batch.target_truncated)
+    output = model(noised.latents, timestep, **batch.condition, drop_source=drop)
+    predicted, *variances = output.split(latents.shape[1], dim=1)
+    weight = 1 - batch.target_truncated
+    total = flow.loss(predicted, noised.target, weight)
+    for variance in variances:  # one, where it is learned
+        total = total + flow.variance_loss((predicted - noised.target).detach(), variance, timestep, weight)
+    return total
 
 
 def images(shards: list[Shard], size: int, pairs: Pairs) -> Tensor:

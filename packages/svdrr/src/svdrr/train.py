@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
-from svdrr import metrics, pixart, processes, validation
+from svdrr import clip, metrics, pixart, processes, validation
 from svdrr import vae as autoencoder
 from svdrr.checkpoint import Checkpoint, latest
 from svdrr.coarse import CoarseMean
@@ -56,14 +56,15 @@ def train(
 ) -> Path:
     """Trains to the end, or until the time is over; returns the run's folder.
 
-    vae: a trained autoencoder's folder or id on the Hub, to use instead of training one. only: the name of the one
-    stage to train, where it is the next. at_once: pairs that a process takes at once, for the sake of its memory; the
-    batch is the same. wandb: a project of Weights & Biases that is to see the curves, too. Processes that `torchrun`
-    or `accelerate launch` started share the work.
+    vae: a trained autoencoder's folder or id on the Hub, to use instead of training one, or the config's. only: the
+    name of the one stage to train, where it is the next. at_once: pairs that a process takes at once, for the sake of
+    its memory; the batch is the same. wandb: a project of Weights & Biases that is to see the curves, too. Processes
+    that `torchrun` or `accelerate launch` started share the work.
 
     Raises InputError for shards that cannot be trained on, a `vae` that does not fit or an `out` that holds another
     run, and SystemExit(128 + signal) after a clean stop by SIGINT or SIGTERM.
     """
+    vae = vae or config.vae.default
     accelerator = processes.accelerator(config.mixed_precision)
     torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # CUDA has none for some of what we use
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly guard
@@ -71,10 +72,10 @@ def train(
     config, run, train_shards, val_shards = on_main(
         accelerator, lambda: begin(config, shards_folder, out, vae, only, accelerator.num_processes)
     )
+    encoder = None if config.image_encoder is None else clip.load(config.image_encoder).to(accelerator.device)
     with contextlib.ExitStack() as stack:
-        session = Session(
-            config, run, accelerator, stack.enter_context(StopRequest(max_minutes)), train_shards, val_shards, at_once
-        )
+        stop = stack.enter_context(StopRequest(max_minutes))
+        session = Session(config, run, accelerator, stop, train_shards, val_shards, at_once, encoder)
         if run.finished:
             session.say(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.")
             return run.folder
@@ -100,15 +101,10 @@ def begin(
     config: TrainConfig, shards_folder: Path, out: Path | None, vae: str | None, only: str | None, num_processes: int
 ) -> tuple[TrainConfig, Run, list[Shard], list[Shard]]:
     """Everything that can be wrong is found here, before anything is written: the run, its shards, its whole config."""
-    if config.model.image_embedding:
-        raise InputError(
-            f"the model of {config.preset} needs a frozen CLIP encoder, which this version does not have: "
-            "choose another --preset (docs/training.md says what this one is good for)"
-        )
     if only is not None and only not in (names := stage_names(config)):
         raise InputError(f"no stage {only!r} in {config.preset}: --stage is one of {', '.join(names)}")
-    batches = [config.vae.batch, *(stage.batch for stage in config.stages)]
-    for batch in batches + ([config.coarse.batch] if config.coarse else []):
+    before = [config.vae] * (vae is None) + ([config.coarse] if config.coarse else [])
+    for batch in [trained.batch for trained in (*before, *config.stages)]:
         if batch % num_processes:
             raise InputError(
                 f"{config.preset} has batches of {batch}, which {num_processes} processes cannot share evenly: "
@@ -118,14 +114,24 @@ def begin(
     for shard in train_shards + val_shards:
         for stage in config.stages:
             shard.check_level(stage.size)
+    of_hub = [name for name in (vae, config.image_encoder, config.init) if name is not None and not Path(name).is_dir()]
+    if of_hub:
+        print(f"from the Hub, or its cache on this machine: {', '.join(of_hub)}", file=sys.stderr)
     if vae is not None:
         config = replace(config, pretrained_vae=autoencoder.digest(fitting_vae(vae, config)))
+    if config.image_encoder is not None:
+        config = replace(config, image_encoder_digest=clip.digest(fitting_encoder(config.image_encoder, config)))
+    elif config.model.image_embedding:
+        raise InputError(
+            f"the model of {config.preset} wants an image_embedding, and no image_encoder makes one: name it, or turn "
+            "image_embedding off"
+        )
     return config, open_run(config, data_digest(train_shards, val_shards), out), train_shards, val_shards
 
 
 @dataclass(frozen=True)
 class Session:
-    """What all stages of one run share. at_once: see `train`."""
+    """What all stages of one run share. at_once: see `train`. image_encoder: see clip.py."""
 
     config: TrainConfig
     run: Run
@@ -134,6 +140,7 @@ class Session:
     train_shards: list[Shard]
     val_shards: list[Shard]
     at_once: int | None
+    image_encoder: nn.Module | None = None
 
     def say(self, words: str) -> None:
         """One line to whoever started the run, however many processes there are."""
@@ -153,6 +160,8 @@ class Session:
         config = self.config
         return Habits(
             warmup_steps=config.warmup_steps,
+            decay=config.decay,
+            betas=config.betas,
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
             ema_decay=config.ema_decay,
@@ -242,6 +251,18 @@ def fitting_vae(name: str, config: TrainConfig) -> AutoencoderKL:
     return vae
 
 
+def fitting_encoder(name: str, config: TrainConfig) -> nn.Module:
+    """The image encoder of this name. Raises InputError where it does not fit the model, or is none."""
+    encoder = clip.load(name)
+    theirs, ours = encoder.config.projection_dim, config.model.image_embedding
+    if theirs != ours:
+        raise InputError(
+            f"the image encoder {name} makes {theirs} numbers, and the model of {config.preset} wants {ours}: "
+            "give another image_encoder"
+        )
+    return encoder
+
+
 def train_vae(session: Session, checkpoint: Checkpoint | None) -> AutoencoderKL:
     """A new autoencoder, trained."""
     config, accelerator = session.config, session.accelerator
@@ -262,7 +283,8 @@ def keep_vae(session: Session, vae: AutoencoderKL) -> None:
             yield from (batch.to(session.accelerator.device) for batch in views.split(session.config.vae.batch))
 
         with torch.no_grad():
-            autoencoder.measure_latents(vae, batches(session.train_shards))
+            if session.config.vae.measured:
+                autoencoder.measure_latents(vae, batches(session.train_shards))
             psnr = np.concatenate(
                 [
                     metrics.psnr(autoencoder.decode(vae, autoencoder.encode(vae, batch)).cpu(), batch.cpu())
@@ -359,6 +381,9 @@ def latents_of(session: Session, stage: StageConfig, vae: AutoencoderKL) -> Data
     def encode(images: Tensor) -> Tensor:
         return autoencoder.encode(vae, images.to(accelerator.device))
 
+    def embed(images: Tensor) -> Tensor:
+        return clip.embed(session.image_encoder, images.to(accelerator.device))
+
     def is_over() -> bool:
         codes.append(session.stop.code)
         return codes[-1] > 0
@@ -366,13 +391,24 @@ def latents_of(session: Session, stage: StageConfig, vae: AutoencoderKL) -> Data
     def stored(shards: list[Shard]) -> Reader | None:
         if not config.cache_latents:
             return None
-        return cached(shards, stage.size, encode, digest, session.run.latents, part, is_over)
+        return cached(shards, stage.size, encode, digest, session.run.latents, part, is_over, embedding)
 
-    digest, side = autoencoder.digest(vae), stage.size // autoencoder.cell(vae)
+    digest, embedding = autoencoder.digest(vae), None
+    if session.image_encoder is not None:
+        digest, embedding = hashlib.sha256(f"{digest}/{config.image_encoder_digest}".encode()).hexdigest(), embed
+    side = stage.size // autoencoder.cell(vae)
     of_train, of_val = stored(session.train_shards), stored(session.val_shards)
     session.meet(max(codes), f"the latents of {stage.name}")
     return Data(
-        session.train_shards, session.val_shards, stage.size, side, of_train, of_val, encode, accelerator.device
+        session.train_shards,
+        session.val_shards,
+        stage.size,
+        side,
+        of_train,
+        of_val,
+        encode,
+        accelerator.device,
+        embedding,
     )
 
 
@@ -389,6 +425,7 @@ def pipeline_of(
     return SVDRRPipeline(
         vae=vae,
         coarse=coarse,
+        image_encoder=session.image_encoder,
         transformer=transformer,
         scheduler=scheduler(transformer.config.prediction, stage.shift),
         size=stage.size,
@@ -396,6 +433,7 @@ def pipeline_of(
         sod_mm=first.sod_mm,
         detector_mm=first.detector_mm,
         film_line_integrals=film_line_integrals,
+        guidance_scale=session.config.guidance_scale,
     )
 
 

@@ -31,6 +31,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
     latent_channels, patch_size, num_layers, num_heads, head_dim: the shape.
     prediction: a name of flow.OBJECTIVES. preconditioned: its best linear guess is built in, and the rest is learned.
+    learned_variance: of a diffusion's steps back, beside the prediction (see flow.variance_loss).
     source_scale, source_shift: the source's latent is multiplied by one and moved by the other, to undo the
         normalisation of latents where a model wants its source without.
     pooled_source: cross-attention sees one token, a linear map of a pooled source and the pose, not many and one.
@@ -41,6 +42,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
     pose_modulation: the pose sets the scales of every block together with the time.
     qk_norm, cross_norm: RMS norm of queries and keys; layer norm before cross-attention.
     pixart_positions: positions are coded as PixArt's weights know them. norm_eps: of layer norms without weights.
+    learned_null: what stands for a dropped source is learned; without, it is zero.
     coarse: a coarse mean of the target's latent (see coarse.py) is to come with the source's.
     """
 
@@ -54,6 +56,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         head_dim: int = 64,
         prediction: str = "velocity",
         preconditioned: bool = True,
+        learned_variance: bool = False,
         source_scale: float = 1.0,
         source_shift: float = 0.0,
         pooled_source: bool = False,
@@ -65,11 +68,16 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         cross_norm: bool = True,
         pixart_positions: bool = False,
         norm_eps: float = 1e-5,
+        learned_null: bool = True,
         coarse: bool = False,
     ) -> None:
         super().__init__()
         if prediction not in flow.OBJECTIVES:
             raise InputError(f"no prediction {prediction!r}: it is one of {', '.join(flow.OBJECTIVES)}")
+        if learned_variance and prediction != "epsilon":
+            raise InputError(
+                f"a learned_variance is a diffusion's, and this model predicts the {prediction}: turn it off"
+            )
         if image_embedding and not pooled_source:
             raise InputError("an image_embedding is one token's: it needs pooled_source")
         width, area = num_heads * head_dim, patch_size**2
@@ -87,9 +95,10 @@ class ViewTransformer(ModelMixin, ConfigMixin):
             self.pooled_token = _passing(nn.Linear(source_size + pose_size, width))
         else:
             self.pose_token = _perceptron(pose_size, width)
-        self.null_token = nn.Parameter(torch.zeros(source_size))
-        self.null_latent = nn.Parameter(torch.zeros(latent_channels))
-        if coarse:
+        if learned_null:
+            self.null_token = nn.Parameter(torch.zeros(source_size))
+            self.null_latent = nn.Parameter(torch.zeros(latent_channels))
+        if learned_null and coarse:
             self.null_coarse = nn.Parameter(torch.zeros(latent_channels))
 
         self.time_embedding = _perceptron(TIME_FEATURES, width)
@@ -100,7 +109,7 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
         self.final_norm = nn.LayerNorm(width, norm_eps, elementwise_affine=False)
         self.final_modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.final = _zeroed(nn.Linear(width, area * latent_channels))
+        self.final = _zeroed(nn.Linear(width, area * latent_channels * (2 if learned_variance else 1)))
 
     def forward(
         self,
@@ -116,10 +125,13 @@ class ViewTransformer(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """The prediction [B, C, h, w] at `hidden_states` [B, C, h, w] and `timestep` [B], 0 to flow.NUM_TIMESTEPS.
 
+        With a learned variance there are as many channels again, [B, 2 C, h, w], for that.
+
         source_latent: [B, C, h, w], normalised like the target's. source_rays, target_rays: [B, 6, h, w] of
         pose.ray_map. pose: [B, P], as `condition` makes it. image_embedding: [B, E], for a model that was made for it.
         coarse_latent: [B, C, h, w], likewise. drop_source: [B] bool; where true, both streams of the source, and what
-        was predicted from it, are replaced by the learned null condition that guidance subtracts; the poses stay.
+        was predicted from it, are replaced by the null condition that guidance subtracts; the poses stay. Or [B, 2],
+        for the first stream, and for the second with what was predicted.
         Raises InputError without an image_embedding or a coarse_latent that the model needs.
         """
         rows, columns = (side // self.config.patch_size for side in hidden_states.shape[-2:])
@@ -142,9 +154,12 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         if self.config.pooled_source:
             source = source.mean(dim=1, keepdim=True)
         if drop_source is not None:
-            source = torch.where(drop_source[:, None, None], self.null_token, source)
-            null_latent = self.null_latent[:, None, None]
-            source_latent = torch.where(drop_source[:, None, None, None], null_latent, source_latent)
+            is_learned = self.config.learned_null
+            drop_tokens, drop_latent = drop_source.view(len(pose), -1).expand(-1, 2).unbind(dim=1)
+            drop_tokens, drop_latent = drop_tokens[:, None, None], drop_latent[:, None, None, None]
+            source = torch.where(drop_tokens, self.null_token if is_learned else 0.0, source)
+            null_latent = self.null_latent[:, None, None] if is_learned else 0.0
+            source_latent = torch.where(drop_latent, null_latent, source_latent)
         if self.config.pooled_source:
             context = self.pooled_token(torch.cat([source, pose[:, None]], dim=2))
         else:
@@ -156,8 +171,8 @@ class ViewTransformer(ModelMixin, ConfigMixin):
             if coarse_latent is None:
                 raise InputError("this model needs a coarse_latent like the source's: svdrr.coarse predicts it")
             if drop_source is not None:
-                null_coarse = self.null_coarse[:, None, None]
-                coarse_latent = torch.where(drop_source[:, None, None, None], null_coarse, coarse_latent)
+                null_coarse = self.null_coarse[:, None, None] if is_learned else 0.0
+                coarse_latent = torch.where(drop_latent, null_coarse, coarse_latent)
             beside.append(coarse_latent)
         beside_tokens = self.patch_condition(self._patches(torch.cat(beside, dim=1)))
         tokens = self.patch(self._patches(hidden_states)) + beside_tokens + position
@@ -172,14 +187,15 @@ class ViewTransformer(ModelMixin, ConfigMixin):
 
         shift, scale = (self.final_modulation + embedding[:, None]).unbind(dim=1)
         tokens = self.final(_modulated(self.final_norm(tokens), shift, scale))
-        residual = functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.config.patch_size)
+        output = functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.config.patch_size)
         if not self.config.preconditioned:
-            return residual
+            return output
 
         # For data of unit variance the best linear guess from the noisy latent is known, and so is the size of what it
         # misses, which is left to the network (Karras et al. 2022, eq. 7).
         slope, spread = flow.OBJECTIVES[self.config.prediction].linear_guess(timestep[:, None, None, None])
-        return slope * hidden_states + spread * residual
+        residual, *variance = output.split(hidden_states.shape[1], dim=1)
+        return torch.cat([slope * hidden_states + spread * residual, *variance], dim=1)
 
     def _patches(self, image: Tensor) -> Tensor:
         """[B, C, h, w] to tokens [B, h w / patch_size^2, C patch_size^2]."""

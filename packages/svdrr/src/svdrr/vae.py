@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
 
+from svdrr import hub
 from svdrr.errors import InputError
 
 HALF_RANGE = 4.0
@@ -49,9 +50,8 @@ def load(name: str) -> AutoencoderKL:
             raise InputError(f"--vae {name} is of the kind {kind}: give an AutoencoderKL of diffusers")
         vae, found = AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise InputError(
-            f"--vae {name} cannot be read ({reason}): give a folder with config.json and "
+            f"--vae {name} cannot be read ({hub.reason(error)}): give a folder with config.json and "
             "diffusion_pytorch_model.safetensors, or such a model's id on the Hub"
         ) from error
     if missing := found["missing_keys"]:
@@ -150,7 +150,7 @@ def measure_latents(vae: AutoencoderKL, batches: Iterable[Tensor]) -> None:
 
 def encode(vae: AutoencoderKL, line_integrals: Tensor) -> Tensor:
     """Line integrals [B, 1, N, N] to normalised latents [B, C, h, w]; the posterior's mean, so always the same."""
-    return (_mode(vae, line_integrals) - vae.config.shift_factor) * vae.config.scaling_factor
+    return (_mode(vae, line_integrals) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def _mode(vae: AutoencoderKL, line_integrals: Tensor) -> Tensor:
@@ -161,7 +161,9 @@ def _mode(vae: AutoencoderKL, line_integrals: Tensor) -> Tensor:
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Normalised latents [B, C, h, w] to line integrals [B, 1, N, N], never below 0."""
-    images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.mean(dim=1, keepdim=True)
+    images = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.mean(
+        dim=1, keepdim=True
+    )
     return ((images + 1) * HALF_RANGE).clamp(min=0)
 
 
