@@ -134,7 +134,7 @@ class Lesson(NamedTuple):
             noisy = flow.path(self.target, noise, sigmas)
             with torch.no_grad():
                 predicted = self.transformer(noisy, sigmas * flow.NUM_TIMESTEPS, **told)
-            losses.append(flow.loss(predicted, noise - self.target))
+            losses.append(flow.loss(predicted, noise - self.target, torch.ones_like(noise[:, 0])))
         return torch.stack(losses).mean(dim=0)
 
     def assert_worse(self, losses: Tensor) -> None:
