@@ -10,7 +10,7 @@ PRESET ?= toy
 PACKAGES := packages/drrgen packages/svdrr
 SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
-.PHONY: demo test lint figures bench bench-pipeline bench-gpu bench-training sizes help
+.PHONY: demo test lint figures bench bench-pipeline bench-learning bench-gpu bench-training sizes help
 
 demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
 	@cat demo/report.md
@@ -49,6 +49,9 @@ bench-gpu: .venv/ready  ## the cuda projector on this machine's GPU, in numbers;
 
 bench-training: .venv/ready  ## what a step of PRESET's training costs here, by real steps on SHARDS; GPU or CPU (minutes)
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.training $(SHARDS) --preset $(PRESET) $(OPTIONS) --document docs/training.md
+
+bench-learning: .venv/ready  ## which design learns most in the same time, on SHARDS of synthetic patients (an hour of one core)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.benchmarks.learning $(SHARDS) --out bench/learning --minutes 3 --document docs/training.md $(OPTIONS)
 
 sizes: .venv/ready  ## parameters, memory, FLOPs and estimated hours of the presets, counted (a minute)
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.model_sizes --document docs/training.md
