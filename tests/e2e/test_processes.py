@@ -1,19 +1,16 @@
 """`svdrr train` in two processes is `svdrr train` in one, but for the order in which gradients are summed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from tests.e2e.test_train_resume import SVDRR, steps, toy  # noqa: F401 - a fixture
+from tests.e2e.test_train_resume import ONE_THREAD, SVDRR, one_thread, steps, toy  # noqa: F401 - fixtures
 from tests.svdrr.shards_for_tests import write_folder
 
 from svdrr.config import TrainConfig
@@ -22,15 +19,6 @@ from svdrr.train import train
 RELATIVE = 1e-4
 """Of a loss. Sums of two halves round at 1e-7, of which Adam, dividing gradients by their size, makes more where these
 are small: 1.3e-6 was seen. A wrong weight of a process's gradients changes the second loss by 1e-2."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As `launch` sees to: threads that wait for one another, beside other processes, are very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +31,7 @@ def launch(home: Path, config: TrainConfig, out: str, *more: str) -> subprocess.
     (home / "svdrr_of_this_test.py").write_text(SVDRR.replace("toy.json", f"{out}.json"))
     group = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*group, "svdrr_of_this_test.py", "train", "--preset", "toy", "--out", out, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
 
 
 def values(run: Path, name: str) -> list[float]:
@@ -63,6 +50,7 @@ def assert_close(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_are_one(toy: TrainConfig, home: Path) -> None:  # noqa: F811
     """Each has all weights; and, stopped in between and gone on with by one process, each has half of every weight."""
     toy = replace(toy, vae=replace(toy.vae, steps=6), validate_every=5)

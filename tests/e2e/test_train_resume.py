@@ -1,6 +1,7 @@
 """`svdrr train`, killed without warning and started again by the same command, ends in the same weights."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from svdrr import cli, config, presets
 presets.PRESETS["toy"] = lambda seed: config.TrainConfig.from_json(json.loads(Path("toy.json").read_text()))
 cli.main()
 """
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 FATAL_STEPS = [("vae", 8), ("16px", 17), ("32px", 10)]
 
 
@@ -42,9 +44,18 @@ def toy() -> TrainConfig:
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Here, as ONE_THREAD sees to elsewhere: threads that wait for one another, beside other processes, are slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def start(home: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", SVDRR, "train", "--shards", "shards", "--preset", "toy", "--out", "broken"]
-    return subprocess.Popen(command, cwd=home, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=home, stderr=subprocess.DEVNULL, env=ONE_THREAD)
 
 
 def steps(run: Path) -> Iterator[tuple[str, int]]:
@@ -56,6 +67,7 @@ def steps(run: Path) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_killed_in_every_stage_it_ends_in_the_same_weights(toy: TrainConfig, tmp_path: Path) -> None:
     write_folder(tmp_path / "shards")
     (tmp_path / "toy.json").write_text(json.dumps(toy.to_json()))
