@@ -29,6 +29,8 @@ def accelerator(mixed_precision: str) -> Accelerator:
 
     Raises InputError for a precision that this machine does not have.
     """
+    if mixed_precision == "fp16" and not torch.cuda.is_available():  # where accelerate would take 32 bits in silence
+        raise InputError("mixed_precision fp16 is for GPUs, and this machine has none: take no, or bf16")
     AcceleratorState._reset_state()  # a run before this one, in the same process, may have had another precision
     try:
         return Accelerator(
