@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -317,6 +318,13 @@ def test_a_second_trainer_in_the_same_run_is_refused(tiny: TrainConfig, shards: 
     train(tiny, shards, tmp_path / "run", max_minutes=0)
     with Run(tmp_path / "run").locked(), pytest.raises(InputError, match="another `svdrr train` is at work"):
         train(tiny, shards, tmp_path / "run")
+
+
+def test_trains_in_any_thread(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
+    """Where only the main one may handle signals."""
+    with ThreadPoolExecutor(1) as other:
+        run = other.submit(train, tiny, shards, tmp_path, max_minutes=0).result()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["000001-vae-0000001.safetensors"]
 
 
 def test_sigint_saves_and_stops(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
