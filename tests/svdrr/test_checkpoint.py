@@ -4,11 +4,14 @@ import copy
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from svdrr import processes
 from svdrr.checkpoint import Checkpoint, latest, restore, save, state
 from svdrr.errors import InputError
 
@@ -42,6 +45,27 @@ def test_going_on_from_a_checkpoint_is_as_if_never_stopped(tmp_path: Path) -> No
     for ours, theirs in ((model, other), (ema, other_ema)):
         for name, tensor in ours.state_dict().items():
             assert torch.equal(tensor, theirs.state_dict()[name])
+
+
+def test_spread_weights_are_whole_in_the_main_process_and_nowhere_else(tmp_path: Path) -> None:
+    """A device that has room for its share only has none for the whole model, its average and the moments at once."""
+    accelerator = processes.accelerator("no")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = network()
+        before = {f"model/{name}": value.clone() for name, value in model.state_dict().items()}
+        ema = copy.deepcopy(model)
+        processes.spread(model, [])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        shares = state(model, ema, optimizer)
+        assert all(isinstance(shares[name], DTensor) for name in before)
+        together = processes.whole_on_main(accelerator, shares)
+        assert together.keys() == shares.keys()
+        assert all(type(value) is torch.Tensor for value in together.values())
+        assert all(torch.equal(together[name], value) for name, value in before.items())
+        assert processes.whole_on_main(SimpleNamespace(is_main_process=False), shares) == {}
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def number(value: int) -> Checkpoint:

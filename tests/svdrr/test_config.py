@@ -50,6 +50,10 @@ def test_a_file_of_settings_is_read_or_what_is_wrong_is_said(tiny: TrainConfig, 
         ("vae", None, "mine.json.vae is None, not a table"),
         ("pa_fraction", True, "mine.json.pa_fraction is True, not float"),
         ("init", 3, "mine.json.init is 3, not str"),
+        ("log_every", 0, "mine.json.log_every is 0, and at least 1"),
+        ("vae", tiny.to_json()["vae"] | {"batch": -2}, "mine.json.vae.batch is -2, and at least 1"),
+        ("stages", [], "mine.json.stages has 0 values: at least 1"),
+        ("betas", [0.9], "mine.json.betas has 1 values: 2 wanted"),
     ]:
         path.write_text(json.dumps(tiny.to_json() | {part: value}))
         with pytest.raises(InputError, match=words):

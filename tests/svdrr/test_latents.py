@@ -90,6 +90,15 @@ def test_processes_share_the_shards(opened: list[Shard], tmp_path: Path) -> None
     assert sum(encoder.seen for encoder in encoders) == sum(map(len, opened))
 
 
+def test_a_shard_that_is_there_twice_is_one_process_s(opened: list[Shard], tmp_path: Path) -> None:
+    """Two that encode it at once would write the same file."""
+    encoders, twice = (Encoder(), Encoder()), [opened[0], opened[0]]
+    read = cached(twice, 32, encoders[0], "vae", tmp_path / "first", (0, 2))
+    assert len(read(np.array([0, 1]), np.array([3, 3])).values) == 2
+    cached(twice, 32, encoders[1], "vae", tmp_path / "second", (1, 2))
+    assert [encoder.seen for encoder in encoders] == [len(opened[0]), 0]
+
+
 def test_what_is_not_whole_does_not_count(opened: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ended in the middle of the first shard, at any of its batches; later cut by a disk."""
     monkeypatch.setattr(latents, "MAX_BATCH", 2)

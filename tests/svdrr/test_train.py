@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,23 @@ def given(tmp_path: Path) -> Path:
     return tmp_path / "given"
 
 
+def test_settings_that_cannot_be_trained_are_refused_before_anything_is_written(
+    tiny: TrainConfig, shards: Path, tmp_path: Path
+) -> None:
+    for wrong, words in [
+        (replace(tiny, stages=tiny.stages[:1] * 2), "two stages of one size"),
+        (replace(tiny, model=replace(tiny.model, patch_size=3)), "makes patches of 6 pixels"),
+        (replace(tiny, vae=replace(tiny.vae, crop=15)), "a crop of 15 pixels"),
+        (replace(tiny, model=replace(tiny.model, prediction="image")), "no prediction 'image'"),
+        (replace(tiny, mixed_precision="fp16"), "fp16 is for GPUs"),
+    ]:
+        if "fp16" in words and torch.cuda.is_available():
+            continue
+        with pytest.raises(InputError, match=words):
+            train(wrong, shards, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_given_autoencoder_is_used_as_it_is_with_its_scale_measured(
     tiny: TrainConfig, shards: Path, given: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -300,6 +318,13 @@ def test_a_second_trainer_in_the_same_run_is_refused(tiny: TrainConfig, shards: 
     train(tiny, shards, tmp_path / "run", max_minutes=0)
     with Run(tmp_path / "run").locked(), pytest.raises(InputError, match="another `svdrr train` is at work"):
         train(tiny, shards, tmp_path / "run")
+
+
+def test_trains_in_any_thread(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
+    """Where only the main one may handle signals."""
+    with ThreadPoolExecutor(1) as other:
+        run = other.submit(train, tiny, shards, tmp_path, max_minutes=0).result()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["000001-vae-0000001.safetensors"]
 
 
 def test_sigint_saves_and_stops(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:

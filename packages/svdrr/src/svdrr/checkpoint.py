@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from svdrr.errors import InputError
-from svdrr.processes import shared_like, whole
+from svdrr.processes import shared_like
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def state(
 ) -> dict[str, Tensor]:
     """Everything that a training step changes, by flat name. The optimizer's moments carry their parameter's name.
 
-    scaler: of the loss, where gradients have 16 bits. Weights that are spread over processes come whole.
+    scaler: of the loss, where gradients have 16 bits. Weights that are spread over processes come as their shares.
     """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema/{name}": tensor for name, tensor in ema.state_dict().items()}
@@ -42,7 +42,7 @@ def state(
         tensors |= {f"optimizer/{moment}/{name}": tensor for moment, tensor in moments.items()}
     if scaler is not None:
         tensors |= {f"scaler/{name}": torch.tensor(float(value)) for name, value in scaler.state_dict().items()}
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
 def restore(

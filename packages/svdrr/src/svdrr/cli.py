@@ -32,7 +32,7 @@ def train_command(
         Path | None, typer.Option(help="A file as --dry-run prints it, instead of a preset's settings.")
     ] = None,
     init: Annotated[str | None, typer.Option(help="PixArt's weights to begin from: a folder or a hub id.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Train this one only: vae, or a size as 256px.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Train this one only: vae, coarse, or a size as 256px.")] = None,
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Pairs that a process takes at once; the batch stays as it is.")
     ] = None,

@@ -1,6 +1,7 @@
 """What decides the weights of a run, as frozen values that go to JSON and back; nothing below the loop takes these."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -129,7 +130,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The config again. Raises InputError at a key that is missing or unknown, naming it."""
+        """The config again. Raises InputError, naming the key, where it is missing, unknown or of no possible value."""
         return _build(cls, values, "config")
 
 
@@ -158,7 +159,13 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where} is {value!r}, not a list")
-        return tuple(_build(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        inner = get_args(kind)
+        if not value or (inner[-1] is not Ellipsis and len(value) != len(inner)):
+            raise InputError(f"{where} has {len(value)} values: {'at least 1' if ... in inner else len(inner)} wanted")
+        return tuple(_build(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise InputError(f"{where} is {value!r}, not {kind.__name__}")
+    least = {"seed": -math.inf, "steps": 0}.get(where.rpartition(".")[2], 1)
+    if kind is int and value < least:
+        raise InputError(f"{where} is {value}, and at least {least} is wanted")
     return value

@@ -64,8 +64,9 @@ def cached(
     """
     paths = [latent_path(folder, shard, size, digest) for shard in shards]
     index, count = part
-    mine = list(zip(shards, paths, strict=True))[index::count]
-    for shard, path in tqdm(mine, desc=f"latents {size}px", unit="shard", disable=index > 0 or not shards):
+    by_path = dict(zip(paths, shards, strict=True))  # one of shards with the same content: two would write one file
+    mine = list(by_path.items())[index::count]
+    for path, shard in tqdm(mine, desc=f"latents {size}px", unit="shard", disable=index > 0 or not shards):
         if not _whole(path):
             _write(path, shard, size, encode, embed)
             if is_over():

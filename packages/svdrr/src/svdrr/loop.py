@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from svdrr.checkpoint import Checkpoint, restore, save, state
 from svdrr.errors import InputError
-from svdrr.processes import gathered, my_rows, spread, whole
+from svdrr.processes import gathered, my_rows, spread, whole, whole_on_main
 from svdrr.stop import StopRequest
 
 READ_AHEAD = 4
@@ -202,14 +202,15 @@ def fit(
 
             # checkpoint
             if done % habits.checkpoint_every == 0 or done == task.steps or code:
-                tensors = state(model, average, optimizer, accelerator.scaler)
+                tensors = whole_on_main(accelerator, state(model, average, optimizer, accelerator.scaler))
                 if is_main:
                     save(habits.checkpoints, Checkpoint(task.name, done, tensors), habits.keep_checkpoints)
+                del tensors  # which is as much as a whole model and its moments, where weights are spread
 
             # stop?
             stop.obey(code, f"stage {task.name}, step {done}")
     if spreading:
-        result.load_state_dict({name: whole(tensor) for name, tensor in average.state_dict().items()})
+        result.load_state_dict({name: whole(tensor).cpu() for name, tensor in average.state_dict().items()})
     accelerator.free_memory()
     return result
 

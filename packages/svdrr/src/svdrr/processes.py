@@ -3,18 +3,23 @@
 With one process every function here is the plain thing that it stands for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from svdrr.errors import InputError
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the slowest. NCCL's own 10 minutes are less than the first may take to open all shards or
+to fetch an encoder, or than some encode longer than others. One that died ends the others at once: `torchrun` does."""
 
 Result = TypeVar("Result")
 
@@ -24,9 +29,15 @@ def accelerator(mixed_precision: str) -> Accelerator:
 
     Raises InputError for a precision that this machine does not have.
     """
+    if mixed_precision == "fp16" and not torch.cuda.is_available():  # where accelerate would take 32 bits in silence
+        raise InputError("mixed_precision fp16 is for GPUs, and this machine has none: take no, or bf16")
     AcceleratorState._reset_state()  # a run before this one, in the same process, may have had another precision
     try:
-        return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
+        return Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
     except ValueError as error:
         raise InputError(f"mixed_precision {mixed_precision}: {str(error).splitlines()[0]}") from error
 
@@ -90,6 +101,20 @@ def spread(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from its shares; all processes ask for it at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_main(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """These tensors in the main process, and nothing in the others; all ask for it at once.
+
+    Those that are spread are put together one after the other and come to the CPU: a device that holds a share of a
+    model need not have room for all of it.
+    """
+    together: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        one = whole(tensor)
+        if accelerator.is_main_process:
+            together[name] = one.cpu() if isinstance(tensor, DTensor) else one
+    return together
 
 
 def shared_like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 
@@ -23,14 +24,19 @@ SAME_REQUEST_S = 2.0
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `code` instead of ending the process; another, later, ends it at once."""
+    """While entered, SIGINT and SIGTERM set `code` instead of ending the process; another, later, ends it at once.
+
+    In a thread other than the main one only the time can be over.
+    """
 
     def __init__(self, max_minutes: float | None) -> None:
         self._signal, self._since = 0, math.inf
         self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets the main thread alone handle signals: in another, they stay whoever's they are
+        asked_by = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._handlers = {number: signal.signal(number, self._receive) for number in asked_by}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

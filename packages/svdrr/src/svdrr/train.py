@@ -101,8 +101,11 @@ def begin(
     config: TrainConfig, shards_folder: Path, out: Path | None, vae: str | None, only: str | None, num_processes: int
 ) -> tuple[TrainConfig, Run, list[Shard], list[Shard]]:
     """Everything that can be wrong is found here, before anything is written: the run, its shards, its whole config."""
-    if only is not None and only not in (names := stage_names(config)):
+    names = stage_names(config)
+    if only is not None and only not in names:
         raise InputError(f"no stage {only!r} in {config.preset}: --stage is one of {', '.join(names)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"{config.preset} has two stages of one size ({', '.join(names)}): a size is trained once")
     before = [config.vae] * (vae is None) + ([config.coarse] if config.coarse else [])
     for batch in [trained.batch for trained in (*before, *config.stages)]:
         if batch % num_processes:
@@ -117,7 +120,14 @@ def begin(
     of_hub = [name for name in (vae, config.image_encoder, config.init) if name is not None and not Path(name).is_dir()]
     if of_hub:
         print(f"from the Hub, or its cache on this machine: {', '.join(of_hub)}", file=sys.stderr)
-    if vae is not None:
+    if vae is None:
+        cell = 2 ** (len(config.vae.block_channels) - 1)
+        require_whole_patches(config, cell, "the autoencoder")
+        if config.vae.crop % cell:
+            raise InputError(
+                f"a crop of {config.vae.crop} pixels is no multiple of the autoencoder's {cell}: change it"
+            )
+    else:
         config = replace(config, pretrained_vae=autoencoder.digest(fitting_vae(vae, config)))
     if config.image_encoder is not None:
         config = replace(config, image_encoder_digest=clip.digest(fitting_encoder(config.image_encoder, config)))
@@ -126,6 +136,9 @@ def begin(
             f"the model of {config.preset} wants an image_embedding, and no image_encoder makes one: name it, or turn "
             "image_embedding off"
         )
+    with torch.device("meta"):  # which finds what is wrong with their settings, and makes no numbers
+        untrained(replace(config, init=None))
+        untrained_coarse(config)
     return config, open_run(config, data_digest(train_shards, val_shards), out), train_shards, val_shards
 
 
@@ -241,14 +254,19 @@ def fitting_vae(name: str, config: TrainConfig) -> AutoencoderKL:
             f"--vae {name} has latents of {theirs} channels, and the preset {config.preset} is for {ours}: "
             "give another --vae or --preset"
         )
-    patch = autoencoder.cell(vae) * config.model.patch_size
+    require_whole_patches(config, autoencoder.cell(vae), f"--vae {name}")
+    return vae
+
+
+def require_whole_patches(config: TrainConfig, cell: int, whose: str) -> None:
+    """Raises InputError where a stage's views are no whole patches of an autoencoder with cells of `cell` pixels."""
+    patch = cell * config.model.patch_size
     for stage in config.stages:
         if stage.size % patch:
             raise InputError(
-                f"--vae {name} makes patches of {patch} pixels in the preset {config.preset}, and its stage of "
+                f"{whose} makes patches of {patch} pixels in the preset {config.preset}, and its stage of "
                 f"{stage.size} pixels is no multiple of it: give another --vae or --preset"
             )
-    return vae
 
 
 def fitting_encoder(name: str, config: TrainConfig) -> nn.Module:
