@@ -105,12 +105,11 @@ def fit(
     Raises StoppedError, with everything saved, where it was asked to stop, and InputError where a loss is no number.
     """
     rows = my_rows(accelerator, task.batch, habits.at_once)
+    spreading = bool(blocks) and accelerator.num_processes > 1
+    whole_average = copy.deepcopy(model).requires_grad_(False).eval() if spreading else None
     model = model.to(accelerator.device).requires_grad_(True).train()
     average = copy.deepcopy(model).requires_grad_(False).eval()
-    result = average
-    spreading = blocks and accelerator.num_processes > 1
     if spreading:
-        result = copy.deepcopy(average).cpu()  # where a whole one is in nobody's way
         twins = dict(zip(model.modules(), average.modules(), strict=True))
         spread(average, [twins[block] for block in blocks])
         spread(model, blocks)
@@ -136,7 +135,7 @@ def fit(
     is_main = accelerator.is_main_process
 
     losses: list[float] = []
-    waited_s, since = 0.0, time.monotonic()
+    waited_s = taken_s = 0.0
     bar = tqdm(
         range(first, task.steps),
         desc=task.name,
@@ -175,11 +174,11 @@ def fit(
             stepper.zero_grad()
             update_average(average, model, min(habits.ema_decay, (step + 1) / (step + 10)))
             losses.append(of_batch.mean().item())
+            taken_s += time.monotonic() - began
             done = step + 1
 
             # report
             if is_main and (done % habits.log_every == 0 or done == task.steps):
-                taken_s = time.monotonic() - since
                 habits.log(
                     stage=task.name,
                     step=done,
@@ -190,7 +189,7 @@ def fit(
                     waited_for_data=round(waited_s / taken_s, 4),
                     **memory(accelerator.device),
                 )
-                losses, waited_s, since = [], 0.0, time.monotonic()
+                losses, waited_s, taken_s = [], 0.0, 0.0
 
             # watch
             for every, watch in task.watches:
@@ -209,10 +208,11 @@ def fit(
 
             # stop?
             stop.obey(code, f"stage {task.name}, step {done}")
-    if spreading:
-        result.load_state_dict({name: whole(tensor).cpu() for name, tensor in average.state_dict().items()})
     accelerator.free_memory()
-    return result
+    if whole_average is None:
+        return average
+    whole_average.load_state_dict({name: whole(tensor).cpu() for name, tensor in average.state_dict().items()})
+    return whole_average
 
 
 def ahead(read: Callable[[int, slice], Any], first: int, steps: int, rows: Sequence[slice]) -> Generator[list[Any]]:

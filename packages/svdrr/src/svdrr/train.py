@@ -90,6 +90,9 @@ def train(
             session.say("none of these shards is for validation: training goes on without")
         try:
             train_stages(session, vae, only)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{reason} Give a smaller --at-once; what is saved stays, and goes on with it") from error
         except StoppedError as stopped:
             session.say(str(stopped))
             if stopped.exit_code:
