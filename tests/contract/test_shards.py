@@ -136,7 +136,7 @@ def test_a_damaged_zstd_chunk_is_found_by_both(zstd_path: Path, tmp_path: Path) 
             ours.line_integrals(64, 7)
     theirs = svdrr.shards.open_shard(path)
     theirs.images(64, [6])
-    with pytest.raises(svdrr.errors.InputError, match=r"cannot be read .*: render it again"):
+    with pytest.raises(svdrr.errors.InputError, match=r"cannot be read .*: delete it and give"):
         theirs.images(64, [7])
 
 
