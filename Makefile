@@ -19,8 +19,8 @@ demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a
 demo/report.md: .venv/ready $(SOURCES)
 	$(BIN)/python docs/figures/demo.py demo
 
-test: .venv/ready  ## every test that this machine can run
-	$(BIN)/python -m pytest
+test: .venv/ready  ## every test that this machine can run, a few at once
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: .venv/ready  ## format, lint, types, import directions
 	$(BIN)/ruff format --check

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -16,21 +15,12 @@ import pytest
 from PIL import Image
 
 from svdrr import radiograph
-from svdrr.cli import main
 from svdrr.config import TrainConfig
 from svdrr.presets import svdrr_xl, toy
 from svdrr.shards import open_folder
 from svdrr.train import train
 
-
-class Typed(NamedTuple):
-    """What a command left: its exit code and its words."""
-
-    code: int | None
-    out: str
-    err: str
-
-
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 SVDRR = Path(sys.executable).with_name("svdrr")
 
 
@@ -56,23 +46,7 @@ def test_a_dry_run_prints_the_settings(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Typed]:
-    """Runs a command in this process, in this test's folder: importing torch anew would take seconds each time."""
-
-    def run(*words: object) -> Typed:
-        monkeypatch.setattr(sys, "argv", ["svdrr", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return Typed(end.value.code, *capsys.readouterr())
-
-    monkeypatch.chdir(tmp_path)
-    return run
-
-
-def test_mistakes_are_one_line_and_exit_code_2(
-    typed: Callable[..., Typed], make_shards: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_mistakes_are_one_line_and_exit_code_2(typed: Typed, make_shards: Callable[..., Path], tmp_path: Path) -> None:
     make_shards(patients=3, levels=(128, 64)).rename(tmp_path / "more shards")
     for name, change in (
         ("mixed", lambda file: file["views"].attrs.__setitem__("sdd_mm", 1500.0)),
@@ -104,23 +78,23 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["sample", "--image", "x.png", "--theta", 30], "no model in runs/latest: train one with `svdrr train"),
     ]:
         result = typed(*words)
-        assert result.code == 2
-        assert expected in result.err
-        assert result.err.startswith("svdrr: ")
-        assert result.err.count("\n") == 1
+        assert result.returncode == 2
+        assert expected in result.stderr
+        assert result.stderr.startswith("svdrr: ")
+        assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_shard_found_damaged_midway_is_one_line_and_exit_code_2(
-    typed: Callable[..., Typed], make_shards: Callable[..., Path]
+    typed: Typed, make_shards: Callable[..., Path]
 ) -> None:
     """The first training patient's smaller images, which the autoencoder begins with; above the line is its bar."""
     with h5py.File(make_shards(patients=3, levels=(128, 64)) / "P-00.h5", "r+") as file:
         file["images/64"][:] += 1
     result = typed("train", "--shards", "shards")
-    assert result.code == 2
-    assert "Traceback" not in result.err
-    last = result.err.splitlines()[-1]
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
     assert re.search(r"svdrr: shards/P-00.h5: image \d of level 64 fails its checksum: delete it and give", last)
 
 
@@ -131,22 +105,22 @@ def test_wrong_usage_is_exit_code_2_without_a_trace(tmp_path: Path) -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_sample_from_png_to_png(tiny: TrainConfig, shards: Path, typed: Callable[..., Typed], tmp_path: Path) -> None:
+def test_sample_from_png_to_png(tiny: TrainConfig, shards: Path, typed: Typed, tmp_path: Path) -> None:
     train(tiny, shards)
     view = open_folder(shards)[0].images(32, [3])[0]
     radiograph.write_png(tmp_path / "x.png", view, {})
 
     result = typed("sample", "--image", "x.png", "--theta", 30, "--phi", 10)
-    assert result.code == 0
-    assert result.out == "x_theta30_phi10.png\n"
-    assert result.err.splitlines()[-1].startswith("SYNTHETIC - NOT FOR DIAGNOSIS")
+    assert result.returncode == 0
+    assert result.stdout == "x_theta30_phi10.png\n"
+    assert result.stderr.splitlines()[-1].startswith("SYNTHETIC - NOT FOR DIAGNOSIS")
     with Image.open("x_theta30_phi10.png") as image:
         assert (image.size, image.mode) == ((32, 32), "I;16")
         assert image.text["Warning"] == "SYNTHETIC - NOT FOR DIAGNOSIS"
         assert (image.text["azimuth_deg"], image.text["elevation_deg"], image.text["seed"]) == ("30", "10", "0")
 
     words = ["--theta", 30, "--phi", 10, "--model", "runs/latest", "--samples", 2, "--out", "y.png"]
-    assert typed("sample", "--image", "x.png", *words).out == "y_seed0.png\ny_seed1.png\n"
+    assert typed("sample", "--image", "x.png", *words).stdout == "y_seed0.png\ny_seed1.png\n"
     names = ("x_theta30_phi10.png", "y_seed0.png", "y_seed1.png")
     first, same, other = (radiograph.read(Path(name)).pixels for name in names)
     assert np.abs(first - same).max() < 1e-3  # alone or in a batch: products of another shape round differently
@@ -154,10 +128,10 @@ def test_sample_from_png_to_png(tiny: TrainConfig, shards: Path, typed: Callable
 
     Image.fromarray((255 - view * 20).astype(np.uint8)).save("film.jpg")
     result = typed("sample", "--image", "film.jpg", "--theta", -90, "--out", "z.png")
-    assert result.code == 0
-    assert "film.jpg is taken as a film" in result.err
+    assert result.returncode == 0
+    assert "film.jpg is taken as a film" in result.stderr
     assert radiograph.read(Path("z.png")).pixels.shape == (32, 32)
 
     Path("no image.png").write_bytes(b"no image")
     result = typed("sample", "--image", "no image.png", "--theta", 30)
-    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
