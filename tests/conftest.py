@@ -1,5 +1,6 @@
 """What all tests share: where the real data lies, caches of their own, and `svdrr` as typed."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -22,6 +23,11 @@ if projectors.resolve("auto") != "cuda":
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection of garbage, of which a training run asks for several, looks at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

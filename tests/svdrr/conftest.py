@@ -29,8 +29,9 @@ def a_shard(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tiny() -> TrainConfig:
-    """Every part of a training run, each a few steps long."""
+def tiny(monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """Every part of a training run, each a few steps long, and its autoencoder measured on few images."""
+    monkeypatch.setattr("svdrr.train.MEASURED_IMAGES", 8)
     return TrainConfig(
         preset="tiny",
         seed=0,
