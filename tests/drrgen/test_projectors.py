@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numba
@@ -17,6 +18,7 @@ from drrgen.attenuation import mu_per_mm
 from drrgen.errors import InputError
 from drrgen.geometry import PRESETS, Detector, Views, project
 from drrgen.projectors import slab
+from drrgen.volume import Volume
 
 # `cuda` where there is a GPU; in Triton's interpreter it has smaller tests of its own.
 NAMES = [
@@ -178,6 +180,14 @@ def test_rays_that_miss_and_sources_inside(name: str) -> None:
     assert image == pytest.approx(4000 * 0.02, abs=1e-3 if name == "siddon" else 400 * 0.02)
 
 
+@cache
+def volumes_of_beads() -> list[Volume]:
+    """One for each bead of `phantom.beads`, on one grid."""
+    beads = phantom.beads()
+    alone = [phantom.Phantom("one", [one], beads.isocentre_mm) for one in beads.ellipsoids]
+    return [phantom.voxelise(one, (90, 60, 75), (2.0, 2.0, 2.0)) for one in alone]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("azimuth_deg", "elevation_deg"),
@@ -189,15 +199,12 @@ def test_markers_land_where_the_documentation_says(name: str, azimuth_deg: float
     In PA left is right of the middle, in the left lateral the front is left of it; at elevation 0 the head is up.
     """
     beads = phantom.beads()
-    volume = phantom.voxelise(beads, (90, 60, 75), (2.0, 2.0, 2.0))
-    looks = views(volume.centre_mm, [azimuth_deg], [elevation_deg])
+    looks = views(beads.isocentre_mm, [azimuth_deg], [elevation_deg])
     detector = Detector(shape=128, pixel_mm=432 / 128)
     middle = (detector.shape - 1) / 2
     matrix = looks.projection(detector)[0]
-    for one in beads.ellipsoids:
-        alone = phantom.Phantom("one", [one], beads.isocentre_mm)
-        hu = phantom.voxelise(alone, (90, 60, 75), (2.0, 2.0, 2.0)).hu
-        image = projectors.get(name)(mu_per_mm(hu), volume.voxel_from_world)(looks, detector)[0]
+    for one, volume in zip(beads.ellipsoids, volumes_of_beads(), strict=True):
+        image = projectors.get(name)(mu_per_mm(volume.hu), volume.voxel_from_world)(looks, detector)[0]
         rows, columns = np.indices(image.shape)
         centroid = np.array([(image * columns).sum(), (image * rows).sum()]) / image.sum()
         expected = project(matrix, one.centre_mm)
