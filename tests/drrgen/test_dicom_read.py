@@ -172,12 +172,15 @@ def test_what_a_terminal_or_a_scheduler_sends_to_all_does_not_reach_the_decoder(
         next(worker.run(damage.hang, None))
 
 
-def test_a_decoder_that_hangs_is_ended(folder: Path, written: Volume) -> None:
-    with Worker(limit_s=2.0) as worker:
+def test_a_decoder_that_hangs_is_ended(folder: Path, written: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what hangs has little time: on a busy machine the start of the process alone takes seconds."""
+    with Worker() as worker:
         assert np.array_equal(dicom.read(*dicom.find_series(folder), decode=dicom.decoder(worker)).hu, written.hu)
         process = worker._process
-        with pytest.raises(Crashed, match="did not finish in 2 seconds"):
-            next(worker.run(damage.hang, None))
+        with monkeypatch.context() as hurried:
+            hurried.setattr(worker, "_limit_s", 0.5)
+            with pytest.raises(Crashed, match=r"did not finish in 0\.5 seconds"):
+                next(worker.run(damage.hang, None))
         assert not process.is_alive()
         assert np.array_equal(dicom.read(*dicom.find_series(folder), decode=dicom.decoder(worker)).hu, written.hu)
 
