@@ -1,12 +1,13 @@
 """`svdrr train`, killed without warning and started again by the same command, ends in the same weights."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,10 @@ import torch
 from safetensors.torch import load_file
 from tests.svdrr.shards_for_tests import write_folder
 
-from svdrr import presets
+from svdrr import cli, presets
 from svdrr.config import TrainConfig
 from svdrr.train import train
 
-# the command as installed, but for the preset, which the test makes short
-SVDRR = """
-import json
-from pathlib import Path
-from svdrr import cli, config, presets
-presets.PRESETS["toy"] = lambda seed: config.TrainConfig.from_json(json.loads(Path("toy.json").read_text()))
-cli.main()
-"""
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 FATAL_STEPS = [("vae", 8), ("16px", 17), ("32px", 10)]
 
 
@@ -46,16 +38,31 @@ def toy() -> TrainConfig:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Here, as ONE_THREAD sees to elsewhere: threads that wait for one another, beside other processes, are slow."""
+    """Here, as in the processes started: threads that wait for one another, beside other processes, are slow."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def start(home: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", SVDRR, "train", "--shards", "shards", "--preset", "toy", "--out", "broken"]
-    return subprocess.Popen(command, cwd=home, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+# a process of its own for every command, but what `svdrr train` imports is imported once for all of them
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["svdrr.train"])
+
+
+def start(home: Path, toy: TrainConfig) -> BaseProcess:
+    process = SERVER.Process(target=as_typed, args=(home, toy))
+    process.start()
+    return process
+
+
+def as_typed(home: Path, toy: TrainConfig) -> None:
+    os.chdir(home)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    presets.PRESETS["toy"] = lambda seed: toy
+    sys.argv = ["svdrr", "train", "--shards", "shards", "--preset", "toy", "--out", "broken"]
+    cli.main()
 
 
 def steps(run: Path) -> Iterator[tuple[str, int]]:
@@ -70,18 +77,19 @@ def steps(run: Path) -> Iterator[tuple[str, int]]:
 @pytest.mark.usefixtures("one_thread")
 def test_killed_in_every_stage_it_ends_in_the_same_weights(toy: TrainConfig, tmp_path: Path) -> None:
     write_folder(tmp_path / "shards")
-    (tmp_path / "toy.json").write_text(json.dumps(toy.to_json()))
     unbroken, broken = train(toy, tmp_path / "shards", tmp_path / "unbroken"), tmp_path / "broken"
 
     for fatal in FATAL_STEPS:
-        process = start(tmp_path)
+        process = start(tmp_path, toy)
         while fatal not in steps(broken):
-            assert process.poll() is None, f"ended before {fatal}"
+            assert process.is_alive(), f"ended before {fatal}"
             time.sleep(0.005)
         process.kill()
-        process.wait()
+        process.join()
     assert not (broken / "model").exists()
-    assert start(tmp_path).wait() == 0
+    last = start(tmp_path, toy)
+    last.join()
+    assert last.exitcode == 0
 
     done = list(steps(broken))
     assert len(done) > len(set(done)), "no step was lost by any kill: the test proves nothing"
