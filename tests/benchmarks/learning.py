@@ -1,7 +1,7 @@
 """Which design learns most in the same training time: variants of a preset, beside baselines, on held-out patients.
 
     python -m tests.benchmarks.learning SHARDS [--orbit FOLDER] [--out FOLDER] [--only ours,...] [--minutes 5]
-        [--seeds 0,1] [--document docs/training.md]
+        [--sizes 128,256] [--seeds 0,1] [--document docs/training.md]
 
 Every variant gets the same minutes of one core's time, so that other work on the machine does not count: the time of
 its step is measured first, and the stages are stretched until they fill the minutes. Variants of one seed share one
@@ -375,13 +375,23 @@ def validation_loss(run: Path) -> float:
     return [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
 
 
-def measure(bench: Bench, patients: Patients, preset: str, names: Iterable[str], seeds: Sequence[int]) -> None:
+def of_sizes(config: TrainConfig, sizes: Sequence[int]) -> TrainConfig:
+    """The same with its stages at these sizes."""
+    return replace(
+        config, stages=tuple(replace(stage, size=size) for stage, size in zip(config.stages, sizes, strict=True))
+    )
+
+
+def measure(
+    bench: Bench, patients: Patients, preset: str, sizes: Sequence[int], names: Iterable[str], seeds: Sequence[int]
+) -> None:
     """Everything asked for that is not among the results yet."""
+    what = named(preset, sizes)
     for name, answer in BASELINES.items():
         bench.results.get(lambda answer=answer: judged(patients, answer(patients)), "baseline", bench.data, name)
     for seed in seeds:
         config = replace(
-            presets.preset(preset, seed),
+            of_sizes(presets.preset(preset, seed), sizes),
             validation_pairs=VALIDATION_PAIRS,
             validate_every=10**9,  # at the end of a stage alone, as what is judged costs no training time
             checkpoint_every=10**9,
@@ -391,7 +401,7 @@ def measure(bench: Bench, patients: Patients, preset: str, names: Iterable[str],
             prepared = bench.prepared(config)
             bench.results.get(
                 lambda prepared=prepared: judged(patients, round_trip(patients, prepared / "vae")),
-                *("round trip", bench.data, preset, seed),
+                *("round trip", bench.data, what, seed),
             )
 
             def result(variant=VARIANTS[name], config=config, prepared=prepared) -> dict:
@@ -405,19 +415,25 @@ def measure(bench: Bench, patients: Patients, preset: str, names: Iterable[str],
                     "mean": judged(patients, made.mean(axis=1)),
                 }
 
-            bench.results.get(result, "variant", bench.data, preset, f"{bench.minutes:g}", name, seed)
+            bench.results.get(result, "variant", bench.data, what, f"{bench.minutes:g}", name, seed)
 
 
-def tables(results: Results, data: str, preset: str, minutes: float) -> str:
-    """All that is known of these shards, this preset and this time, as Markdown."""
+def named(preset: str, sizes: Sequence[int]) -> str:
+    """The preset, with the sizes of its stages where they are not its own."""
+    own = [stage.size for stage in presets.preset(preset, 0).stages]
+    return preset if list(sizes) == own else f"{preset} at {', '.join(map(str, sizes))} pixels"
+
+
+def tables(results: Results, data: str, what: str, minutes: float) -> str:
+    """All that is known of these shards, of what `named` says, and of this time, as Markdown."""
     rows: dict[str, list[dict]] = {}
     for key, line in results.lines.items():
         kind, *parts = key.split("/")
         if kind == "baseline" and parts[0] == data:
             rows[parts[1]] = [line]
-        elif kind == "round trip" and parts[:2] == [data, preset]:
+        elif kind == "round trip" and parts[:2] == [data, what]:
             rows.setdefault("autoencoder's round trip", []).append(line)
-        elif kind == "variant" and parts[:3] == [data, preset, f"{minutes:g}"]:
+        elif kind == "variant" and parts[:3] == [data, what, f"{minutes:g}"]:
             rows.setdefault(parts[3], []).append({**line, "seed": int(parts[4])})
     order = [*BASELINES, "autoencoder's round trip", *VARIANTS]
     rows = {name: rows[name] for name in order if name in rows}
@@ -441,7 +457,7 @@ def tables(results: Results, data: str, preset: str, minutes: float) -> str:
     num_patients = len(next(iter(rows.values()))[0]["patients"])
     return "\n\n".join(
         [
-            f"`{preset}`, {minutes:g} minutes of one core each, after the autoencoder; {num_patients} test patients, "
+            f"`{what}`, {minutes:g} minutes of one core each, after the autoencoder; {num_patients} test patients, "
             "source PA, one seeded sample of each view. PSNR in dB (of line integrals, range "
             f"{metrics.DATA_RANGE:g}), by |azimuth| of the target at elevation 0, and for targets elevated by ±15; "
             f"difference: to {REFERENCE!r}, paired over patients, with its standard error, and by training seed:",
@@ -505,6 +521,7 @@ def main() -> None:
     parser.add_argument("--orbit", type=Path)
     parser.add_argument("--out", type=Path, default=Path("bench-learning"))
     parser.add_argument("--preset", default="toy")
+    parser.add_argument("--sizes", help="of the preset's stages, with commas, where not its own")
     parser.add_argument("--only", default=",".join(VARIANTS), help="names, with commas; '' for none")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seeds", default="0,1")
@@ -517,16 +534,18 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     shards = open_folder(options.shards)
-    size = presets.preset(options.preset, 0).stages[-1].size
-    patients = read_patients(shards, open_folder(options.orbit or options.shards), size)
+    own = [stage.size for stage in presets.preset(options.preset, 0).stages]
+    sizes = [int(size) for size in options.sizes.split(",")] if options.sizes else own
+    patients = read_patients(shards, open_folder(options.orbit or options.shards), sizes[-1])
     data = hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()[:12]
     results = Results(options.out / "learning.jsonl")
     few = few_shards(patients, options.out / "few")
     bench = Bench(options.shards, few, options.out, results, data, options.minutes)
-    measure(bench, patients, options.preset, names, [int(seed) for seed in options.seeds.split(",")])
-    text = tables(results, data, options.preset, options.minutes)
+    measure(bench, patients, options.preset, sizes, names, [int(seed) for seed in options.seeds.split(",")])
+    text = tables(results, data, named(options.preset, sizes), options.minutes)
     if options.document:
-        report.publish(options.document, "learning", text)
+        section = "learning" if sizes == own else "-".join(["learning", *map(str, sizes)])
+        report.publish(options.document, section, text)
     else:
         print(text)
 

@@ -162,7 +162,9 @@ class SVDRRPipeline(DiffusionPipeline):
                 without = self.transformer(latents, timesteps, **told, drop_source=null)[:, : latents.shape[1]]
                 predicted = without + guidance_scale * (predicted - without)
             latents = self.scheduler.step(predicted, timestep, latents).prev_sample
-        return SVDRROutput(line_integrals=autoencoder.decode(self.vae, latents.to(self.vae.dtype)))
+        # one by one: a decoder at full size needs far more memory than all that came before
+        views = [autoencoder.decode(self.vae, latent) for latent in latents.to(self.vae.dtype).split(1)]
+        return SVDRROutput(line_integrals=torch.cat(views))
 
     def _check_start(self, start: float) -> None:
         if self.coarse is None:
