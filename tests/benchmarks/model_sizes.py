@@ -25,8 +25,8 @@ from svdrr.config import TrainConfig
 from svdrr.data import Batch, Draws
 from svdrr.pose import Views
 from svdrr.presets import PRESETS, preset
+from svdrr.start import untrained
 from svdrr.tasks import pair_losses
-from svdrr.train import untrained
 from svdrr.transformer import ViewTransformer, condition
 
 META = torch.device("meta")

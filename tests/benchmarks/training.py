@@ -30,9 +30,9 @@ from svdrr.data import draw_pairs
 from svdrr.latents import cached
 from svdrr.loop import READ_AHEAD, Habits, fit
 from svdrr.shards import Shard, open_folder
+from svdrr.start import untrained
 from svdrr.stop import StopRequest
 from svdrr.tasks import Data, images, view_task
-from svdrr.train import untrained
 
 PATIENTS = 6
 """Whose views are read: the first of the folder."""

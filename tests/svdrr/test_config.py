@@ -54,6 +54,14 @@ def test_a_file_of_settings_is_read_or_what_is_wrong_is_said(tiny: TrainConfig, 
         ("vae", tiny.to_json()["vae"] | {"batch": -2}, "mine.json.vae.batch is -2, and at least 1"),
         ("stages", [], "mine.json.stages has 0 values: at least 1"),
         ("betas", [0.9], "mine.json.betas has 1 values: 2 wanted"),
+        ("betas", [0.9, 1.5], r"mine.json.betas\[1\] is 1.5, and at least 0 and less than 1 is wanted"),
+        ("pa_fraction", 1.5, "mine.json.pa_fraction is 1.5, and 0 to 1 is wanted"),
+        ("ema_decay", -0.1, "mine.json.ema_decay is -0.1, and 0 to 1"),
+        ("weight_decay", float("nan"), "mine.json.weight_decay is nan, and at least 0"),
+        ("guidance_scale", float("inf"), "mine.json.guidance_scale is inf, and at least 0"),
+        ("clip_norm", 0, "mine.json.clip_norm is 0, and more than 0"),
+        ("vae", tiny.to_json()["vae"] | {"learning_rate": -1.0}, "mine.json.vae.learning_rate is -1.0, and at least 0"),
+        ("preset", "../../home", "mine.json.preset is '../../home', and a name that a folder can have"),
     ]:
         path.write_text(json.dumps(tiny.to_json() | {part: value}))
         with pytest.raises(InputError, match=words):

@@ -25,7 +25,8 @@ from svdrr.pipeline import SVDRRPipeline
 from svdrr.presets import svdrr_xl
 from svdrr.sample import sample
 from svdrr.shards import open_folder
-from svdrr.train import train, untrained
+from svdrr.start import untrained
+from svdrr.train import train
 
 transformers = pytest.importorskip("transformers", reason="the extra svdrr[clip] is not installed")
 

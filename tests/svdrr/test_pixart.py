@@ -11,7 +11,7 @@ from svdrr import pixart
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
 from svdrr.presets import svdrr_xl
-from svdrr.train import untrained
+from svdrr.start import untrained
 
 TINY_SHAPE = {"patch_size": 2, "num_layers": 2, "num_heads": 2, "head_dim": 8}
 

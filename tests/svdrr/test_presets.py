@@ -8,7 +8,7 @@ import torch
 
 from svdrr.pipeline import STEPS
 from svdrr.presets import PRESETS, preset
-from svdrr.train import untrained
+from svdrr.start import untrained
 
 TRAINING = Path(__file__).parents[2] / "docs/training.md"
 

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,15 +14,16 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-from safetensors.torch import load_file
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from safetensors.torch import load, load_file, save_file
 
 from svdrr import vae as autoencoder
-from svdrr.config import TrainConfig
+from svdrr.config import CoarseConfig, TrainConfig
 from svdrr.errors import InputError
 from svdrr.pipeline import SVDRRPipeline
 from svdrr.shards import open_folder
-from svdrr.train import data_digest, train
+from svdrr.start import data_digest
+from svdrr.train import deterministic, train
 
 KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock", "tensorboard", "samples"}
 
@@ -103,15 +106,6 @@ def test_a_diffusion_of_epsilon_is_trained_and_saved_with_its_scheduler(
     assert pipeline.transformer.config.source_scale == pytest.approx(1 / pipeline.vae.config.scaling_factor)
 
 
-def test_weights_to_begin_from_that_are_missing_cost_no_training(
-    tiny: TrainConfig, shards: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no PixArt weights at .*empty"):
-        train(replace(tiny, init=str(tmp_path / "empty")), shards, tmp_path / "run")
-    assert not (tmp_path / "run/checkpoints").exists()
-
-
 def test_a_finished_run_says_so(
     tiny: TrainConfig, unbroken: Callable[[TrainConfig], Path], capsys: pytest.CaptureFixture
 ) -> None:
@@ -189,18 +183,80 @@ def given(tmp_path: Path) -> Path:
 def test_settings_that_cannot_be_trained_are_refused_before_anything_is_written(
     tiny: TrainConfig, shards: Path, tmp_path: Path
 ) -> None:
+    other = tmp_path / "PixArt of one layer"
+    PixArtTransformer2DModel(2, 8, 2, num_layers=1, sample_size=8, caption_channels=8).save_pretrained(other)
     for wrong, words in [
         (replace(tiny, stages=tiny.stages[:1] * 2), "two stages of one size"),
         (replace(tiny, model=replace(tiny.model, patch_size=3)), "makes patches of 6 pixels"),
         (replace(tiny, vae=replace(tiny.vae, crop=15)), "a crop of 15 pixels"),
         (replace(tiny, model=replace(tiny.model, prediction="image")), "no prediction 'image'"),
         (replace(tiny, mixed_precision="fp16"), "fp16 is for GPUs"),
+        (replace(tiny, mixed_precision="fp8"), "no mixed_precision 'fp8': it is one of no, bf16, fp16"),
+        (replace(tiny, ema_decay=1.5), "ema_decay is 1.5, and 0 to 1 is wanted"),
+        (replace(tiny, drop_source=0.6, drop_stream=0.3), "drops 1.2 of its sources"),
+        (replace(tiny, token_rate=2.0), "a token_rate of 2, and no pooled_source"),
+        (replace(tiny, model=replace(tiny.model, head_dim=7)), "is 14 wide, .* give a multiple of 4"),
+        (replace(tiny, vae=replace(tiny.vae, block_channels=(3, 6))), r"block_channels=\[3, 6\] .* multiples of 4"),
+        (replace(tiny, coarse=CoarseConfig("regression", 6, 8, 1, 2, 1e-3)), "cells=6: give a multiple of 4"),
+        (replace(tiny, init=str(tmp_path / "nowhere")), "no PixArt weights at .*nowhere"),
+        (replace(tiny, init=str(other)), "these are not the weights of a PixArt of 2 layers"),
     ]:
         if "fp16" in words and torch.cuda.is_available():
             continue
         with pytest.raises(InputError, match=words):
             train(wrong, shards, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_curves_that_cannot_be_sent_are_refused_before_anything_is_written(
+    tiny: TrainConfig, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'svdrr\[wandb\]'"):
+        train(tiny, shards, tmp_path / "run", wandb="project")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_damaged_in_a_run_is_named_and_its_cure_leads_to_the_same_weights(
+    tiny: TrainConfig, shards: Path, unbroken: Callable[[TrainConfig], Path], tmp_path: Path
+) -> None:
+    run, vae = shutil.copytree(unbroken(tiny), tmp_path / "run"), tmp_path / "run/vae"
+    (run / "model/model_index.json").unlink()
+    with pytest.raises(InputError, match=r"/model is not whole: delete it, and the same command makes it again"):
+        train(tiny, shards, run)
+    shutil.rmtree(run / "model")
+    train(tiny, shards, run)
+    assert_same(run, unbroken(tiny))
+
+    shutil.rmtree(run / "model")
+    weights, config = vae / "diffusion_pytorch_model.safetensors", vae / "config.json"
+    whole = weights.read_bytes()
+    cure = rf"{vae} is damaged \(.*\): put it back from a copy, or delete {vae} and {run}/checkpoints, and the same"
+    for damage in (
+        lambda: weights.write_bytes(whole[:-100]),
+        lambda: save_file(dict(list(load(whole).items())[1:]), weights),
+        lambda: config.write_text("{"),
+        config.unlink,
+    ):
+        damage()
+        with pytest.raises(InputError, match=cure):
+            train(tiny, shards, run)
+    shutil.rmtree(vae)
+    shutil.rmtree(run / "checkpoints")
+    train(tiny, shards, run)
+    assert_same(run, unbroken(tiny))
+
+
+def test_what_the_process_had_set_comes_back(tiny: TrainConfig, unbroken: Callable[[TrainConfig], Path]) -> None:
+    def state() -> tuple[int, bool]:
+        return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+
+    before = state()
+    unbroken(tiny)
+    assert state() == before == (0, True)
+    with deterministic():
+        assert state() == (2, False)
+    assert state() == before
 
 
 def test_a_given_autoencoder_is_used_as_it_is_with_its_scale_measured(

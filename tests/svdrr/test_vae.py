@@ -159,6 +159,18 @@ def test_one_that_others_trained_is_read_and_sees_grey(
         assert torch.allclose(autoencoder.decode(vae, latents), images.clamp(min=0), atol=1e-3)
 
 
+def test_what_the_hubs_cache_has_is_taken_from_there_and_no_network_is_asked(
+    vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache as huggingface_hub lays it out; at the address of the Hub nobody answers."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    vae.save_pretrained(tmp_path / f"models--somebody--theirs/snapshots/{40 * '0'}")
+    (tmp_path / "models--somebody--theirs/refs").mkdir()
+    (tmp_path / "models--somebody--theirs/refs/main").write_text(40 * "0")
+    assert autoencoder.digest(autoencoder.load("somebody/theirs")) == autoencoder.digest(vae)
+
+
 def test_one_that_cannot_be_used_is_refused_in_one_line(vae: AutoencoderKL, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     vae.save_pretrained(whole)

@@ -12,7 +12,7 @@ from svdrr.data import Pairs
 from svdrr.metrics import DATA_RANGE
 from svdrr.pipeline import SVDRRPipeline, scheduler
 from svdrr.shards import open_folder
-from svdrr.train import untrained
+from svdrr.start import untrained
 from svdrr.validation import angle_deg, by_angle, fixed_pairs, sample_grid
 
 

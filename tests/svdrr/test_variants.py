@@ -15,8 +15,9 @@ from svdrr.errors import InputError
 from svdrr.pipeline import STEPS, SVDRRPipeline, scheduler
 from svdrr.pose import Views
 from svdrr.presets import svdrr_xl
+from svdrr.start import untrained
 from svdrr.tasks import pair_losses
-from svdrr.train import unscale_source, untrained
+from svdrr.train import unscale_source
 from svdrr.transformer import ViewTransformer, condition
 
 CHANNELS, SIZE, CELLS = 2, 16, 8

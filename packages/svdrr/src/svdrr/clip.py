@@ -3,10 +3,8 @@
 The network is that of `transformers`, the extra `svdrr[clip]`, which is imported only when one is loaded.
 """
 
-import hashlib
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +18,9 @@ WHITE = 8.0
 """The line integral that is white, and black is 0: a fixed scale, that of the autoencoder, and never the image's own,
 so that the vector says how much a patient attenuates. Bone is bright, as in the films that CLIP may have seen; what is
 beyond white, as in some lateral views, is clipped, for no photograph goes on there."""
+
+FILES = ("config.json", "model.safetensors*", "model-*.safetensors")
+"""Of an encoder on the Hub."""
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the colours of CLIP's training images."""
@@ -37,11 +38,15 @@ def load(name: str) -> "CLIPVisionModelWithProjection":
         raise InputError(f"the image encoder {name} needs transformers: pip install 'svdrr[clip]'") from error
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # or it lists all weights of the text's half, which we do without
-    try:
-        encoder, found = CLIPVisionModelWithProjection.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True
+
+    def read() -> "tuple[CLIPVisionModelWithProjection, dict]":
+        return CLIPVisionModelWithProjection.from_pretrained(
+            name, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+
+    try:
+        encoder, found = hub.had(name, FILES, read)
+    except hub.UNREADABLE as error:
         raise InputError(
             f"the image encoder {name} cannot be read ({hub.reason(error)}): put a CLIP with its "
             "model.safetensors there, or into the Hub's cache"
@@ -66,7 +71,4 @@ def digest(encoder: "CLIPVisionModelWithProjection") -> str:
     """SHA-256 of everything that decides the embeddings: weights and what is done with them."""
     config = encoder.config
     settings = (config.image_size, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
-    total = hashlib.sha256(repr(settings).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
+    return hub.digest(settings, encoder)

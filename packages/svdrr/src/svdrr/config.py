@@ -2,12 +2,34 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from svdrr.errors import InputError
+
+Range = tuple[str, Callable[[Any], bool]]
+"""What a value has to be, in words, and whether it is."""
+
+COUNT: Range = ("at least 1", lambda value: value >= 1)
+AMOUNT: Range = ("at least 0", lambda value: 0 <= value < math.inf)
+POSITIVE: Range = ("more than 0", lambda value: 0 < value < math.inf)
+FRACTION: Range = ("0 to 1", lambda value: 0 <= value <= 1)
+BELOW_1: Range = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
+ANYTHING: Range = ("anything", lambda value: True)
+RANGES: dict[str, Range] = {
+    "seed": ANYTHING,
+    "steps": AMOUNT,
+    "shift": POSITIVE,
+    "norm_eps": POSITIVE,
+    "clip_norm": POSITIVE,
+    **dict.fromkeys(["pa_fraction", "augment_fraction", "drop_source", "drop_stream", "ema_decay"], FRACTION),
+    "betas": BELOW_1,
+    "preset": ("a name that a folder can have", lambda value: set("/\0").isdisjoint(value)),
+}
+"""By the setting's name. Other whole numbers are a COUNT, and other numbers an AMOUNT."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +187,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return tuple(_build(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise InputError(f"{where} is {value!r}, not {kind.__name__}")
-    least = {"seed": -math.inf, "steps": 0}.get(where.rpartition(".")[2], 1)
-    if kind is int and value < least:
-        raise InputError(f"{where} is {value}, and at least {least} is wanted")
+    name = where.rpartition(".")[2].partition("[")[0]
+    words, holds = RANGES.get(name, {int: COUNT, float: AMOUNT}.get(kind, ANYTHING))
+    if not holds(value):
+        raise InputError(f"{where} is {value!r}, and {words} is wanted")
     return value

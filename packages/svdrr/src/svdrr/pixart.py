@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from safetensors import SafetensorError
 from torch import Tensor
 
 from svdrr import hub
@@ -49,20 +48,31 @@ def load(model: ViewTransformer, init: str) -> Loaded:
     the noisy latent stay as they are, zero in an untrained model. PixArt's learned variances are left out where the
     model has none. Raises InputError where the weights cannot be had, or are of another shape.
     """
-    local = (Path(init) / "config.json").exists()
+    part = "" if (Path(init) / "config.json").exists() else "transformer"
+
+    def read() -> tuple[PixArtTransformer2DModel, dict]:
+        return PixArtTransformer2DModel.from_pretrained(
+            init, subfolder=part, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+
     try:
-        theirs = PixArtTransformer2DModel.from_pretrained(init, subfolder=None if local else "transformer").state_dict()
-    except (OSError, ValueError, SafetensorError) as error:
+        network, found = hub.had(init, [f"transformer/{name}" for name in hub.DIFFUSERS_FILES], read)
+    except hub.UNREADABLE as error:
         raise InputError(
             f"no PixArt weights at {init} ({hub.reason(error)}): give --init its folder or hub id"
         ) from error
+    if missing := found["missing_keys"]:
+        raise InputError(
+            f"the weights at {init} lack {len(missing)} of a PixArt's, {missing[0]} among them: get them again"
+        )
+    theirs = network.state_dict()
     area = model.config.patch_size**2
     ours = mapped(theirs, model.config.num_layers, model.final.out_features // area, area)
     there = model.state_dict()
     wrong = [name for name in ours if name not in there or there[name].shape != ours[name].shape]
     if not ours or wrong:
         raise InputError(f"the weights at {init} are of another shape than this model ({', '.join(wrong[:3])})")
-    new = model.load_state_dict(ours, strict=False).missing_keys
+    new = model.load_state_dict(ours, strict=False, assign=True).missing_keys
     used = {name for _, parts in _names(model.config.num_layers) for name in parts}
     unused = [name for name in theirs if name not in used]
     return Loaded(new, unused)

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from svdrr.errors import InputError
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the slowest. NCCL's own 10 minutes are less than the first may take to open all shards or
 to fetch an encoder, or than some encode longer than others. One that died ends the others at once: `torchrun` does."""
@@ -29,6 +31,8 @@ def accelerator(mixed_precision: str) -> Accelerator:
 
     Raises InputError for a precision that this machine does not have.
     """
+    if mixed_precision not in PRECISIONS:  # accelerate has one more, which is tested nowhere here
+        raise InputError(f"no mixed_precision {mixed_precision!r}: it is one of {', '.join(PRECISIONS)}")
     if mixed_precision == "fp16" and not torch.cuda.is_available():  # where accelerate would take 32 bits in silence
         raise InputError("mixed_precision fp16 is for GPUs, and this machine has none: take no, or bf16")
     AcceleratorState._reset_state()  # a run before this one, in the same process, may have had another precision

@@ -21,18 +21,25 @@ from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from diffusers.models.modeling_utils import ModelMixin
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 
+from svdrr import hub
 from svdrr.config import TrainConfig
 from svdrr.errors import InputError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+MODEL_INDEX = "model_index.json"
+"""Without it a folder is no pipeline."""
+
+Part = TypeVar("Part", bound=ModelMixin)
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
@@ -54,7 +61,24 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether the model is there. Raises InputError where half of it is."""
+        if self.model.is_dir() and not (self.model / MODEL_INDEX).exists():
+            raise InputError(f"{self.model} is not whole: delete it, and the same command makes it again")
         return self.model.is_dir()
+
+    def read(self, kind: type[Part], folder: Path) -> Part:
+        """The network of this kind that the run keeps in its `folder`, vae or coarse. Raises InputError: damaged."""
+        try:
+            part, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"{len(found['missing_keys'])} weights are missing")
+        except hub.UNREADABLE as error:
+            after = [folder, *([self.coarse] if folder == self.vae and self.coarse.is_dir() else []), self.checkpoints]
+            raise InputError(
+                f"{folder} is damaged ({hub.reason(error)}): put it back from a copy, or delete "
+                f"{', '.join(map(str, after[:-1]))} and {after[-1]}, and the same command trains all that again"
+            ) from error
+        return part
 
     @functools.cached_property
     def _board(self) -> "SummaryWriter":
@@ -78,16 +102,9 @@ class Run:
         self._board.flush()
 
     def mirror(self, project: str) -> None:
-        """From now on what goes to tensorboard/ goes to this project of Weights & Biases, too.
+        """From now on what goes to tensorboard/ goes to this project of Weights & Biases, too: see require_wandb."""
+        import wandb
 
-        Raises InputError where its package is missing.
-        """
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"--wandb needs {error.name}, which is not installed: pip install 'svdrr[wandb]'"
-            ) from error
         record = (self.folder / "config.json").read_bytes()
         wandb.init(
             project=project,
@@ -108,6 +125,14 @@ class Run:
             except BlockingIOError as error:
                 raise InputError(f"another `svdrr train` is at work in {self.folder}: wait for it") from error
             yield
+
+
+def require_wandb() -> None:
+    """Raises InputError where the package of Weights & Biases is missing."""
+    try:
+        import wandb  # noqa: F401 - whether it can be
+    except ModuleNotFoundError as error:
+        raise InputError(f"--wandb needs {error.name}, which is not installed: pip install 'svdrr[wandb]'") from error
 
 
 def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
@@ -157,7 +182,7 @@ def model_folder(model: Path | None) -> Path:
     """The pipeline's folder: in this run (by default runs/latest) or itself. Raises InputError where there is none."""
     folder = LATEST if model is None else model
     for candidate in (folder / "model", folder):
-        if (candidate / "model_index.json").exists():
+        if (candidate / MODEL_INDEX).exists():
             return candidate
     if (folder / "config.json").exists():
         raise InputError(f"the run {folder} is not finished: go on with the same `svdrr train` command")

@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +20,20 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from svdrr import clip, metrics, pixart, processes, validation
+from svdrr import clip, metrics, processes, validation
 from svdrr import vae as autoencoder
 from svdrr.checkpoint import Checkpoint, latest
 from svdrr.coarse import CoarseMean
 from svdrr.config import CoarseConfig, StageConfig, TrainConfig
-from svdrr.data import draw_pairs, step_seed, training_shards
+from svdrr.data import draw_pairs, step_seed
 from svdrr.errors import InputError
 from svdrr.latents import Reader, cached
 from svdrr.loop import Habits, fit
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline, scheduler
 from svdrr.processes import gathered, on_main
-from svdrr.run import Run, open_run, whole_folder
-from svdrr.shards import Shard, open_folder
+from svdrr.run import Run, whole_folder
+from svdrr.shards import Shard
+from svdrr.start import begin, fitting_vae, stage_names, untrained, untrained_coarse, untrained_vae
 from svdrr.stop import StoppedError, StopRequest
 from svdrr.tasks import COARSE_STAGE, VAE_STAGE, Data, coarse_task, images, vae_task, view_task
 from svdrr.transformer import ViewTransformer
@@ -66,14 +67,13 @@ def train(
     """
     vae = vae or config.vae.default
     accelerator = processes.accelerator(config.mixed_precision)
-    torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # CUDA has none for some of what we use
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly guard
-
     config, run, train_shards, val_shards = on_main(
-        accelerator, lambda: begin(config, shards_folder, out, vae, only, accelerator.num_processes)
+        accelerator, lambda: begin(config, shards_folder, out, vae, only, wandb, accelerator.num_processes)
     )
     encoder = None if config.image_encoder is None else clip.load(config.image_encoder).to(accelerator.device)
     with contextlib.ExitStack() as stack:
+        if accelerator.device.type == "cpu":  # CUDA has no deterministic kernels for some of what we use
+            stack.enter_context(deterministic())
         stop = stack.enter_context(StopRequest(max_minutes))
         session = Session(config, run, accelerator, stop, train_shards, val_shards, at_once, encoder)
         if run.finished:
@@ -100,49 +100,18 @@ def train(
     return run.folder
 
 
-def begin(
-    config: TrainConfig, shards_folder: Path, out: Path | None, vae: str | None, only: str | None, num_processes: int
-) -> tuple[TrainConfig, Run, list[Shard], list[Shard]]:
-    """Everything that can be wrong is found here, before anything is written: the run, its shards, its whole config."""
-    names = stage_names(config)
-    if only is not None and only not in names:
-        raise InputError(f"no stage {only!r} in {config.preset}: --stage is one of {', '.join(names)}")
-    if len(set(names)) < len(names):
-        raise InputError(f"{config.preset} has two stages of one size ({', '.join(names)}): a size is trained once")
-    before = [config.vae] * (vae is None) + ([config.coarse] if config.coarse else [])
-    for batch in [trained.batch for trained in (*before, *config.stages)]:
-        if batch % num_processes:
-            raise InputError(
-                f"{config.preset} has batches of {batch}, which {num_processes} processes cannot share evenly: "
-                "start another number of them"
-            )
-    train_shards, val_shards = training_shards(open_folder(shards_folder))
-    for shard in train_shards + val_shards:
-        for stage in config.stages:
-            shard.check_level(stage.size)
-    of_hub = [name for name in (vae, config.image_encoder, config.init) if name is not None and not Path(name).is_dir()]
-    if of_hub:
-        print(f"from the Hub, or its cache on this machine: {', '.join(of_hub)}", file=sys.stderr)
-    if vae is None:
-        cell = 2 ** (len(config.vae.block_channels) - 1)
-        require_whole_patches(config, cell, "the autoencoder")
-        if config.vae.crop % cell:
-            raise InputError(
-                f"a crop of {config.vae.crop} pixels is no multiple of the autoencoder's {cell}: change it"
-            )
-    else:
-        config = replace(config, pretrained_vae=autoencoder.digest(fitting_vae(vae, config)))
-    if config.image_encoder is not None:
-        config = replace(config, image_encoder_digest=clip.digest(fitting_encoder(config.image_encoder, config)))
-    elif config.model.image_embedding:
-        raise InputError(
-            f"the model of {config.preset} wants an image_embedding, and no image_encoder makes one: name it, or turn "
-            "image_embedding off"
-        )
-    with torch.device("meta"):  # which finds what is wrong with their settings, and makes no numbers
-        untrained(replace(config, init=None))
-        untrained_coarse(config)
-    return config, open_run(config, data_digest(train_shards, val_shards), out), train_shards, val_shards
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """While entered, torch adds up in one order only. What the process had set comes back."""
+    settings = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly guard
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        settings.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -190,11 +159,6 @@ class Session:
         )
 
 
-def stage_names(config: TrainConfig) -> list[str]:
-    """The stages in their order."""
-    return [VAE_STAGE, *([COARSE_STAGE] if config.coarse else []), *(stage.name for stage in config.stages)]
-
-
 def train_stages(session: Session, vae: str | None, only: str | None) -> None:
     """What is not done yet, up to the finished model; or the stage `only`, where it is the next."""
     config, run = session.config, session.run
@@ -214,7 +178,7 @@ def train_stages(session: Session, vae: str | None, only: str | None) -> None:
         keep_vae(session, train_vae(session, checkpoint) if vae is None else fitting_vae(vae, config))
         if only == VAE_STAGE:
             return
-    used = AutoencoderKL.from_pretrained(run.vae).to(session.accelerator.device).requires_grad_(False)
+    used = run.read(AutoencoderKL, run.vae).to(session.accelerator.device).requires_grad_(False)
     if not config.model.scaled_source:
         unscale_source(transformer, used)
     if config.coarse is not None and coarse is not None:
@@ -222,7 +186,7 @@ def train_stages(session: Session, vae: str | None, only: str | None) -> None:
             train_coarse(session, config.coarse, used, coarse, checkpoint)
         if only == COARSE_STAGE:
             return
-        coarse = CoarseMean.from_pretrained(run.coarse).to(session.accelerator.device).requires_grad_(False)
+        coarse = run.read(CoarseMean, run.coarse).to(session.accelerator.device).requires_grad_(False)
     names = [stage.name for stage in config.stages]
     first = names.index(checkpoint.stage) if checkpoint and checkpoint.stage in names else 0
     for stage in config.stages[first:]:
@@ -248,49 +212,11 @@ def next_stage(config: TrainConfig, run: Run, checkpoint: Checkpoint | None) -> 
     return names[min(index + done, len(names) - 1)]
 
 
-def fitting_vae(name: str, config: TrainConfig) -> AutoencoderKL:
-    """The trained autoencoder of this name. Raises InputError where it does not fit model and stages, or is none."""
-    vae = autoencoder.load(name)
-    theirs, ours = vae.config.latent_channels, config.vae.latent_channels
-    if theirs != ours:
-        raise InputError(
-            f"--vae {name} has latents of {theirs} channels, and the preset {config.preset} is for {ours}: "
-            "give another --vae or --preset"
-        )
-    require_whole_patches(config, autoencoder.cell(vae), f"--vae {name}")
-    return vae
-
-
-def require_whole_patches(config: TrainConfig, cell: int, whose: str) -> None:
-    """Raises InputError where a stage's views are no whole patches of an autoencoder with cells of `cell` pixels."""
-    patch = cell * config.model.patch_size
-    for stage in config.stages:
-        if stage.size % patch:
-            raise InputError(
-                f"{whose} makes patches of {patch} pixels in the preset {config.preset}, and its stage of "
-                f"{stage.size} pixels is no multiple of it: give another --vae or --preset"
-            )
-
-
-def fitting_encoder(name: str, config: TrainConfig) -> nn.Module:
-    """The image encoder of this name. Raises InputError where it does not fit the model, or is none."""
-    encoder = clip.load(name)
-    theirs, ours = encoder.config.projection_dim, config.model.image_embedding
-    if theirs != ours:
-        raise InputError(
-            f"the image encoder {name} makes {theirs} numbers, and the model of {config.preset} wants {ours}: "
-            "give another image_encoder"
-        )
-    return encoder
-
-
 def train_vae(session: Session, checkpoint: Checkpoint | None) -> AutoencoderKL:
     """A new autoencoder, trained."""
     config, accelerator = session.config, session.accelerator
-    torch.manual_seed(step_seed(config.seed, VAE_STAGE, -1))
-    vae = autoencoder.build(config.vae.latent_channels, config.vae.block_channels, config.vae.layers_per_block)
     task = vae_task(config, session.train_shards, accelerator.device)
-    return fit(task, session.habits, vae, checkpoint, accelerator, session.stop)
+    return fit(task, session.habits, untrained_vae(config), checkpoint, accelerator, session.stop)
 
 
 def keep_vae(session: Session, vae: AutoencoderKL) -> None:
@@ -319,34 +245,6 @@ def keep_vae(session: Session, vae: AutoencoderKL) -> None:
         with whole_folder(session.run.vae) as partial:
             vae.save_pretrained(partial)
     session.meet(session.stop.code, "the autoencoder")
-
-
-def untrained(config: TrainConfig, say: Callable[[str], None] = lambda words: None) -> ViewTransformer:
-    """The transformer as the first stage starts with it. say: told which weights it began from, and which not.
-
-    Raises InputError where it is to begin from weights (`init`) that are missing or of another shape.
-    """
-    settings = asdict(config.model)
-    del settings["scaled_source"]  # which is known when the autoencoder is: see unscale_source
-    torch.manual_seed(step_seed(config.seed, config.stages[0].name, -1))
-    has_coarse = config.coarse is not None
-    transformer = ViewTransformer(latent_channels=config.vae.latent_channels, coarse=has_coarse, **settings)
-    if config.init is not None:
-        loaded = pixart.load(transformer, config.init)
-        new, unused = (", ".join(names) or "nothing" for names in loaded)
-        say(f"begun from {config.init}; new: {new}; not used: {unused}")
-    return transformer
-
-
-def untrained_coarse(config: TrainConfig) -> CoarseMean | None:
-    """The coarse branch as its training starts with it; None where there is none. Raises InputError: see there."""
-    if config.coarse is None:
-        return None
-    settings = config.coarse
-    torch.manual_seed(step_seed(config.seed, COARSE_STAGE, -1))
-    return CoarseMean(
-        settings.kind, config.vae.latent_channels, settings.cells, settings.width, settings.volume_channels
-    )
 
 
 def unscale_source(transformer: ViewTransformer, vae: AutoencoderKL) -> None:
@@ -467,8 +365,3 @@ def save_pipeline(
     pipeline = pipeline_of(session, stage, vae, coarse, transformer, np.percentile(from_pa, FILM_PERCENTILES).tolist())
     with whole_folder(session.run.model) as partial:
         pipeline.save_pretrained(partial)
-
-
-def data_digest(train: Sequence[Shard], val: Sequence[Shard]) -> str:
-    """SHA-256 of what the shards contain, in their order, and of which are for what."""
-    return hashlib.sha256(repr([[shard.digest for shard in some] for some in (train, val)]).encode()).hexdigest()

@@ -81,6 +81,11 @@ class ViewTransformer(ModelMixin, ConfigMixin):
         if image_embedding and not pooled_source:
             raise InputError("an image_embedding is one token's: it needs pooled_source")
         width, area = num_heads * head_dim, patch_size**2
+        if width % 4:
+            raise InputError(
+                f"a model of num_heads={num_heads} and head_dim={head_dim} is {width} wide, and places need sines and "
+                "cosines of rows and columns: give a multiple of 4"
+            )
         ray_channels = RAY_CHANNELS if ray_maps else 0
         pose_size = POSE_FEATURES if absolute_pose else RELATIVE_POSE_FEATURES
         source_size = image_embedding or width

@@ -3,13 +3,11 @@
 Intensities follow one fixed global scale, never the image's own: a line integral p becomes x = p / 4 - 1.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 from torch import Tensor
 
 from svdrr import hub
@@ -23,7 +21,16 @@ SMALLEST_SHRINK = 4
 
 
 def build(latent_channels: int, block_channels: tuple[int, ...], layers_per_block: int) -> AutoencoderKL:
-    """An untrained AutoencoderKL for images [B, 1, N, N]; each block but the last halves the side."""
+    """An untrained AutoencoderKL for images [B, 1, N, N]; each block but the last halves the side.
+
+    Raises InputError for channels that cannot be normalised in groups of about 4.
+    """
+    groups = min(block_channels) // 4
+    if not groups or any(channels % groups for channels in block_channels):
+        raise InputError(
+            f"an autoencoder of block_channels={list(block_channels)} has no {max(groups, 1)} groups of at least 4 "
+            f"channels in all its blocks: give multiples of {4 * max(groups, 1)}"
+        )
     return AutoencoderKL(
         in_channels=1,
         out_channels=1,
@@ -32,7 +39,7 @@ def build(latent_channels: int, block_channels: tuple[int, ...], layers_per_bloc
         block_out_channels=block_channels,
         layers_per_block=layers_per_block,
         latent_channels=latent_channels,
-        norm_num_groups=min(block_channels) // 4,
+        norm_num_groups=groups,
         mid_block_add_attention=False,
         scaling_factor=1.0,
         shift_factor=0.0,
@@ -44,12 +51,18 @@ def load(name: str) -> AutoencoderKL:
 
     Raises InputError where there is none, where it is something else, or where its weights are no whole safetensors.
     """
-    try:
-        kind = AutoencoderKL.load_config(name).get("_class_name")
+
+    def read() -> tuple[AutoencoderKL, dict]:
+        kind = AutoencoderKL.load_config(name, local_files_only=True).get("_class_name")
         if kind != "AutoencoderKL":
             raise InputError(f"--vae {name} is of the kind {kind}: give an AutoencoderKL of diffusers")
-        vae, found = AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        return AutoencoderKL.from_pretrained(
+            name, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+
+    try:
+        vae, found = hub.had(name, hub.DIFFUSERS_FILES, read)
+    except hub.UNREADABLE as error:
         raise InputError(
             f"--vae {name} cannot be read ({hub.reason(error)}): give a folder with config.json and "
             "diffusion_pytorch_model.safetensors, or such a model's id on the Hub"
@@ -169,7 +182,4 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 def digest(vae: AutoencoderKL) -> str:
     """SHA-256 of everything that decides the latents: weights and normalisation."""
-    total = hashlib.sha256(repr((vae.config.shift_factor, vae.config.scaling_factor)).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
+    return hub.digest((vae.config.shift_factor, vae.config.scaling_factor), vae)
