@@ -41,6 +41,9 @@ SPARE = 0.1
 GPUS = 8
 """Over so many, where weights are spread."""
 
+WHOLE_AT_START = 2
+"""Copies of the weights: `loop.fit` brings the model to the GPU, copies it for the average, and then spreads both."""
+
 H200_TFLOP_S = 790.0
 UTILISATION = {"small": 0.15, "base": 0.25, "svdrr-xl": 0.35}
 """Of these, on an H200: assumed, not measured. The estimate of hours stands on them."""
@@ -170,7 +173,7 @@ def vae_cost(config: TrainConfig, vae: AutoencoderKL) -> Cost:
 
 def tables() -> str:
     """All tables, as Markdown."""
-    weights, views, memory, hours = [], [], [], []
+    weights, views, memory, starts, hours = [], [], [], [], []
     for name in PRESETS:
         config = preset(name, seed=0)
         vae, transformer = parts(config)
@@ -182,6 +185,9 @@ def tables() -> str:
         held_gb, frozen_gb = sum(gigabytes), 4e-9 * of_vae
         # shares, and the two blocks that are put together at a time
         spread_gb = held_gb / GPUS + 4e-9 * count * 2 / config.model.num_layers
+        if config.spread_weights:
+            whole_gb = 4e-9 * count * WHOLE_AT_START
+            starts.append(f"`{name}` {whole_gb:.2f} GB, {whole_gb + frozen_gb:.2f} with the frozen autoencoder")
         if config.vae.steps:
             of_step = vae_cost(config, vae)
             where = [f"`{name}`", f"autoencoder, crops of {config.vae.crop}"]
@@ -225,6 +231,8 @@ def tables() -> str:
             report.table(view_heads, views),
             "Memory of a GPU (computed):",
             report.table(memory_heads, memory),
+            "Before weights are spread, at a stage's start, each GPU holds the whole model and its whole average for a "
+            f"moment, and nothing of a step (computed): {'; '.join(starts)}.",
             "Time on one H200 (estimated from the FLOPs; nothing of it was run):",
             report.table(hours_heads, hours),
         ]

@@ -159,6 +159,7 @@ def test_one_that_others_trained_is_read_and_sees_grey(
         assert torch.allclose(autoencoder.decode(vae, latents), images.clamp(min=0), atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # what diffusers gives the Hub
 def test_what_the_hubs_cache_has_is_taken_from_there_and_no_network_is_asked(
     vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,7 +160,7 @@ def read_config(path: Path) -> TrainConfig:
     """The settings in a JSON file, as `svdrr train --dry-run` prints them. Raises InputError saying what is wrong."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path} holds no settings ({error}): write some with `svdrr train --dry-run`") from error
     return _build(TrainConfig, values, str(path))
 

@@ -153,7 +153,10 @@ def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
             return Run(folder)
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty and not a run: give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder} ({error.strerror}): give another --out") from error
     record["versions"] = {name: version(name) for name in RECORDED_VERSIONS}
     partial = folder / "config.partial"
     partial.write_text(json.dumps(record, indent=2) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from svdrr import radiograph
+from svdrr import hub, radiograph
 from svdrr.errors import InputError
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline
 from svdrr.run import model_folder
@@ -38,6 +38,11 @@ def sample(
         pipeline = SVDRRPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     except ModuleNotFoundError as error:
         raise InputError(f"{folder} has parts of {error.name}, which is missing: pip install 'svdrr[clip]'") from error
+    except hub.UNREADABLE as error:
+        raise InputError(
+            f"{folder} is damaged ({hub.reason(error)}): copy it again, or delete it in its run, and the same "
+            "`svdrr train` command makes it again"
+        ) from error
     pixels = picture.pixels
     if picture.is_film:
         pixels = radiograph.from_film(pixels, FILM_PERCENTILES, pipeline.config.film_line_integrals)
