@@ -72,9 +72,13 @@ def test_mistakes_are_one_line_and_exit_code_2(typed: Typed, make_shards: Callab
         (["train", "--settings", "broken/x.h5"], "broken/x.h5 holds no settings"),
         (["train", "--shards", "more shards", "--stage", "8px"], "--stage is one of vae, 64px, 128px"),
         (["train", "--preset", "huge"], "--preset is one of toy, small, base, svdrr-xl"),
-        (["train", "--shards", "more shards", "--out", "a file/run"], "Not a directory"),
+        (
+            ["train", "--shards", "more shards", "--out", "a file/run"],
+            "cannot make the folder a file/run (Not a directory)",
+        ),
         (["train", "--shards", "more shards", "--vae", "empty"], "--vae empty cannot be read"),
         (["sample", "--image", "x.png", "--theta", "nan"], "no angles"),
+        (["sample", "--image", "x.png", "--theta", 30, "--out", "empty"], "no file can be written at empty"),
         (["sample", "--image", "x.png", "--theta", 30], "no model in runs/latest: train one with `svdrr train"),
     ]:
         result = typed(*words)

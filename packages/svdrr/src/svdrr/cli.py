@@ -64,7 +64,7 @@ def sample_command(
     model: Annotated[Path | None, typer.Option(help="A run of `svdrr train`; runs/latest by default.")] = None,
     source_theta: Annotated[float, typer.Option(help="Azimuth of the given X-ray: 0 is PA.")] = 0.0,
     source_phi: Annotated[float, typer.Option(min=-90, max=90, help="Its elevation.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the noise that the view starts from.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise that the view starts from.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="How many views, of seeds counting up.")] = 1,
     out: Annotated[Path | None, typer.Option(help="The PNG to write; named after image and angles by default.")] = None,
 ) -> None:

@@ -1,5 +1,6 @@
 """Reads X-ray images as line integrals and writes them as 16-bit PNG; pads to a square, never squashes."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,9 +48,12 @@ def read(path: Path) -> Radiograph:
         raise InputError(f"{path} is damaged ({error}): export it again") from error
     if scale is not None:
         try:
-            return Radiograph(pixels * np.float32(scale), is_film=False)
-        except ValueError as error:
-            raise InputError(f"{path}: its text {SCALE_KEY} is {scale!r}, not a number: remove it") from error
+            per_count = float(scale)
+        except ValueError:
+            per_count = math.nan
+        if not 0 < per_count < 1:  # PNG_SCALE is far below
+            raise InputError(f"{path}: its text {SCALE_KEY} is {scale!r}, not a number of 0 to 1: remove it")
+        return Radiograph(pixels * np.float32(per_count), is_film=False)
     return Radiograph(pixels / np.float32(65535 if deep else 255), is_film=True)
 
 

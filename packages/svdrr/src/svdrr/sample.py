@@ -31,6 +31,8 @@ def sample(
     """
     if not all(map(math.isfinite, target_deg + source_deg)):
         raise InputError(f"{target_deg} from {source_deg} are no angles: give --theta and --phi in degrees")
+    if out is not None and (not out.name or out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"no file can be written at {out}: give --out a PNG in a folder that is there")
     folder = model_folder(model)
     picture = radiograph.read(image)
     logging.disable_progress_bar()  # of loading the parts; that of sampling stays
