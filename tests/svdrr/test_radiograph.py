@@ -126,11 +126,12 @@ def test_refuses_a_truncated_a_missing_and_a_huge_image(
             radiograph.read(path)
 
 
-def test_refuses_a_scale_that_is_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", ["a lot", "nan", "inf", "-1", "0"])
+def test_refuses_a_scale_that_is_none(scale: str, tmp_path: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_text(radiograph.SCALE_KEY, "a lot")
+    info.add_text(radiograph.SCALE_KEY, scale)
     Image.new("L", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
-    with pytest.raises(InputError, match="'a lot', not a number"):
+    with pytest.raises(InputError, match=f"'{scale}', not a number"):
         radiograph.read(tmp_path / "x.png")

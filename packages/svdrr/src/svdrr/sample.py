@@ -37,7 +37,7 @@ def sample(
     picture = radiograph.read(image)
     logging.disable_progress_bar()  # of loading the parts; that of sampling stays
     try:
-        pipeline = SVDRRPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = SVDRRPipeline.from_pretrained(folder)
     except ModuleNotFoundError as error:
         raise InputError(f"{folder} has parts of {error.name}, which is missing: pip install 'svdrr[clip]'") from error
     except hub.UNREADABLE as error:
@@ -45,6 +45,7 @@ def sample(
             f"{folder} is damaged ({hub.reason(error)}): copy it again, or delete it in its run, and the same "
             "`svdrr train` command makes it again"
         ) from error
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pixels = picture.pixels
     if picture.is_film:
         pixels = radiograph.from_film(pixels, FILM_PERCENTILES, pipeline.config.film_line_integrals)
