@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
         partial.mkdir()
         (partial / "all").touch()
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["all"]
+
+
+def test_all_of_it_is_on_the_disk_before_a_folder_gets_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, sync, synced = tmp_path / "model", os.fsync, []
+
+    def noting(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append((folder.exists(), os.fstat(descriptor).st_ino))
+
+    monkeypatch.setattr(os, "fsync", noting)
+    with whole_folder(folder) as partial:
+        (partial / "unet").mkdir(parents=True)
+        (partial / "unet/weights").write_bytes(b"some")
+        (partial / "index.json").touch()
+    inside = {(False, path.stat().st_ino) for path in (folder, *folder.rglob("*"))}
+    assert len(inside) == 4
+    assert set(synced[:-1]) == inside
+    assert synced[-1] == (True, tmp_path.stat().st_ino)
 
 
 def test_where_the_model_is(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The state of a training run as one safetensors file: written whole or not at all, and read back bit for bit."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from svdrr.durable import give_name
 from svdrr.errors import InputError
 from svdrr.processes import shared_like
 
@@ -78,9 +78,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     try:
         save_file(tensors, partial, metadata={"stage": checkpoint.stage, "step": str(checkpoint.step)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        give_name(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise InputError(

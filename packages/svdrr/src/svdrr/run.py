@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 
 from svdrr import hub
 from svdrr.config import TrainConfig
+from svdrr.durable import give_name
 from svdrr.errors import InputError
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
     record["versions"] = {name: version(name) for name in RECORDED_VERSIONS}
     partial = folder / "config.partial"
     partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    give_name(partial, folder / "config.json")
     if out is None:
         link = RUNS / "latest.partial"
         link.unlink(missing_ok=True)
@@ -171,12 +172,12 @@ def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, that gets its name when it is whole. Raises InputError where it cannot be written."""
+    """A folder to fill, that gets its name when all of it is on the disk. Raises InputError where that cannot be."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
-        partial.replace(folder)
+        give_name(partial, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {folder} ({error}): make room and run the same command") from error
 
