@@ -1,7 +1,9 @@
 """The cache encodes once per shard, autoencoder and level, never serves what is of another, equals encoding anew."""
 
 import resource
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -166,18 +168,98 @@ def test_marks_that_come_later_are_seen(make_shards: Callable[..., Path], tmp_pa
     assert read(np.array([0]), np.array([0])).truncated.min() == 1
 
 
+ALL = np.zeros(7, np.int64), np.arange(7)
+"""The views of the first shard."""
+
+
+def flip(path: Path, place: int) -> None:
+    """Some bits of one byte, of each byte others; to flip it again puts it right."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ (1 + place % 255)]))
+
+
+def test_a_flipped_byte_of_any_view_is_found_and_of_no_other(opened: list[Shard], tmp_path: Path) -> None:
+    """Every byte of every record, by a reader that is at work; and the cure that is said helps."""
+    encoder, again = Encoder(), "delete it and run the same command, which encodes it again"
+    read = cached(opened[:1], 16, encoder, "vae", tmp_path)
+    before, path = read(*ALL), latent_path(tmp_path, opened[0], 16, "vae")
+    length, itemsize = path.stat().st_size, np.load(path).dtype.itemsize
+    for place in range(length - 7 * itemsize, length):
+        damaged = 6 - (length - 1 - place) // itemsize
+        flip(path, place)
+        with pytest.raises(InputError, match=rf"{path.name} is damaged \(view {damaged} fails its checksum\): {again}"):
+            read(*ALL)
+        others = ALL[1] != damaged
+        assert torch.equal(read(ALL[0][others], ALL[1][others]).values, before.values[others])
+        flip(path, place)
+    flip(path, length - 1)
+    path.unlink()
+    assert torch.equal(cached(opened[:1], 16, encoder, "vae", tmp_path)(*ALL).values, before.values)
+
+
+@pytest.mark.filterwarnings("ignore:Reading .* required additional header parsing")
+def test_a_header_with_a_flipped_byte_is_never_misread(opened: list[Shard], tmp_path: Path) -> None:
+    """Such a file is encoded anew, or means the same. Every seventh byte, of it and of the first record."""
+    encoder = Encoder()
+    before = cached(opened[:1], 16, encoder, "vae", tmp_path)(*ALL)
+    path = latent_path(tmp_path, opened[0], 16, "vae")
+    begin = path.stat().st_size - 6 * np.load(path).dtype.itemsize
+    for place in range(0, begin, 7):
+        flip(path, place)
+        after = cached(opened[:1], 16, encoder, "vae", tmp_path)(*ALL)
+        assert all(torch.equal(one, other) for one, other in zip(before[:2], after[:2], strict=True)), place
+    assert encoder.seen > 0.8 * begin
+
+
+def test_a_file_of_something_else_is_not_read(opened: list[Shard], tmp_path: Path) -> None:
+    """Of another shard, level or autoencoder, of fewer views, of the layout without checksums, or of plain numbers."""
+    encoder = Encoder()
+    before = some(cached(opened, 32, encoder, "vae", tmp_path))
+    cached(opened, 32, encoder, "other", tmp_path)
+    cached(opened, 16, encoder, "vae", tmp_path)
+    path = latent_path(tmp_path, opened[0], 32, "vae")
+    records = np.load(path)
+    of = [(opened[1], 32, "vae"), (opened[0], 16, "vae"), (opened[0], 32, "other")]
+    others = [np.load(latent_path(tmp_path, *one)) for one in of]
+    others += [records[:5], records["content"].copy(), np.zeros(7), np.float32(0)]
+    others += [records.view(records.dtype.newbyteorder()), records[None]]
+    for number, wrong in enumerate(others):
+        np.save(path, wrong)
+        seen = encoder.seen
+        after = some(cached(opened, 32, encoder, "vae", tmp_path))
+        assert encoder.seen == seen + len(opened[0]), number
+        assert all(torch.equal(one, other) for one, other in zip(before[:2], after[:2], strict=True)), number
+
+
+def test_files_of_the_layout_without_checksums_are_left_alone(opened: list[Shard], tmp_path: Path) -> None:
+    old = tmp_path / "vae" / "32" / f"{opened[0].digest[:32]}.npy"
+    old.parent.mkdir(parents=True)
+    record = np.dtype([("latents", "<f2", (1, 8, 8)), ("truncated", "u1", (8, 8))])
+    np.save(old, np.zeros(len(opened[0]), record))
+    before, encoder = old.read_bytes(), Encoder()
+    values = some(cached(opened, 32, encoder, "vae", tmp_path)).values
+    assert encoder.seen == sum(map(len, opened))
+    assert values[1].any()
+    assert old.read_bytes() == before
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
 def test_opening_reads_no_latents_and_holds_few_files(
     opened: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard of 16 GiB of zeros, almost none of it on the disk; fewer files stay open than there are shards."""
     cached(opened, 32, Encoder(), "vae", tmp_path)
+    opened[0] = replace(opened[0], azimuth_deg=np.zeros(2000), elevation_deg=np.zeros(2000))
     path = latent_path(tmp_path, opened[0], 32, "vae")
-    record = np.dtype([("latents", "<f2", (4, 1024, 1024)), ("truncated", "u1", (1024, 1024))])
-    with path.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (2000,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + 2000 * record.itemsize)
+    content = np.dtype([("latents", "<f2", (4, 1024, 1024)), ("truncated", "u1", (1024, 1024))])
+    record = np.dtype([("crc32", "<u4"), ("content", content)])
+    records = np.lib.format.open_memmap(path, "w+", record, (2000,))
+    start = latents._start(record, opened[0], 32, "vae")
+    records["crc32"][[0, 1999]] = zlib.crc32(bytes(content.itemsize), start)
+    del records
     monkeypatch.setattr(latents, "MAX_OPEN", 1)
     files = len(list(Path("/proc/self/fd").iterdir()))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
