@@ -1,5 +1,7 @@
 """Which folder a command means, and how each mistake is answered."""
 
+import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -92,6 +94,28 @@ def test_all_of_it_is_on_the_disk_before_a_folder_gets_its_name_and_the_name_aft
     assert len(inside) == 4
     assert set(synced[:-1]) == inside
     assert synced[-1] == (True, tmp_path.stat().st_ino)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_locks_it_says_so_and_a_second_trainer_ends_the_first(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    killed, first, second = (Run(tmp_path) for _ in range(3))
+    with killed.locked():
+        pass
+    with first.locked():
+        first.log("64px", 1, loss=0.5)
+        with second.locked():
+            assert capsys.readouterr().err.count("no locks on the file system of") == 3
+            second.log("64px", 1, loss=0.5)
+            with pytest.raises(InputError, match=r"process \d+ on .* has begun with .* since: this .* leaves it to"):
+                first.log("64px", 2, loss=0.25)
+            second.log("64px", 2, loss=0.25)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 1, 2]
 
 
 def test_where_the_model_is(tiny: TrainConfig, tmp_path: Path) -> None:

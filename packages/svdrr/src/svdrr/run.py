@@ -15,10 +15,13 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import socket
+import sys
 import time
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,6 +62,9 @@ class Run:
         self.model = folder / "model"
         self.samples = folder / "samples"
         self.tensorboard = folder / "tensorboard"
+        self._claim: str | None = (
+            None  # what the lock's file says as long as the run is ours, where files have no locks
+        )
 
     @property
     def finished(self) -> bool:
@@ -88,7 +94,9 @@ class Run:
         return SummaryWriter(str(self.tensorboard))
 
     def log(self, stage: str, step: int = 0, **values: float) -> None:
-        """Appends one line to log.jsonl, and a point to each value's curve."""
+        """Appends one line to log.jsonl, and a point to each value's curve. Raises InputError: see `locked`."""
+        if self._claim is not None and (owner := (self.folder / "lock").read_text()) != self._claim:
+            raise InputError(f"{owner} has begun with {self.folder} since: this `svdrr train` leaves it to that one")
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 1), "stage": stage, "step": step, **values}) + "\n")
         for name, value in values.items():
@@ -119,12 +127,27 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second trainer out. The lock ends with the process, however that ends."""
+        """Keeps a second trainer out. The lock ends with the process, however that ends.
+
+        Where files have no locks, the second goes on, and the first ends with an InputError when it next logs a line.
+        """
         with (self.folder / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"another `svdrr train` is at work in {self.folder}: wait for it") from error
+            except OSError as error:
+                # Lustre and NFS are often mounted without locks. Refusing would make training there impossible, and a
+                # file that keeps others out would outlive a kill, after which a scheduler starts the same command. So
+                # the newest trainer has the run: whether the one before still lives, only that one can know.
+                self._claim = f"process {os.getpid()} on {socket.gethostname()}, of {datetime.now().isoformat()},"
+                file.write(self._claim)
+                file.flush()
+                print(
+                    f"no locks on the file system of {self.folder} ({error.strerror}): start no second `svdrr train` "
+                    "in it, for that would end this one",
+                    file=sys.stderr,
+                )
             yield
 
 
