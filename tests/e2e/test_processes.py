@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tests.e2e.test_train_resume import one_thread, steps, toy  # noqa: F401 - fixtures
@@ -62,10 +63,11 @@ def assert_close(one: Path, other: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_are_one(toy: TrainConfig, home: Path) -> None:  # noqa: F811
-    """Each has all weights; and, stopped in between and gone on with by one process, each has half of every weight."""
+    """Each has all weights, the first step being one's; and half of them, and is stopped and gone on with by one."""
     toy = replace(toy, vae=replace(toy.vae, steps=6), validate_every=5)
     toy = replace(toy, stages=tuple(replace(stage, steps=12) for stage in toy.stages))
     alone = train(toy, home / "shards", home / "alone")
+    train(toy, home / "shards", home / "both", max_minutes=0)
     both = launch(home, toy, "both")
     words = both.communicate()[1]
     assert both.returncode == 0, words
@@ -93,3 +95,20 @@ def test_what_is_wrong_is_said_once(toy: TrainConfig, home: Path) -> None:  # no
     assert wrong.returncode != 0
     assert words.count("batches of 3, which 2 processes cannot share evenly") == 1, words
     assert "packages/svdrr" not in words, words  # of no trace
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_what_one_process_finds_damaged_ends_both_with_one_line(toy: TrainConfig, home: Path) -> None:  # noqa: F811
+    toy = replace(toy, vae=replace(toy.vae, steps=1))
+    train(toy, home / "shards", home / "damaged", max_minutes=0)
+    train(toy, home / "shards", home / "damaged", only="vae")
+    train(toy, home / "shards", home / "damaged", max_minutes=0)
+    (folder,) = (home / "damaged/latents").glob("*/*/16")
+    path = min(folder.glob("*.npy"))
+    records = np.load(path, mmap_mode="r+")
+    records["content"]["truncated"][1:] ^= 1
+    records.flush()
+    words = launch(home, toy, "damaged").communicate()[1]
+    assert words.count(f"{path.name} is damaged (view") == 1, words
+    assert "packages/svdrr" not in words, words

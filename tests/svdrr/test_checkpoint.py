@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from svdrr import processes
-from svdrr.checkpoint import Checkpoint, latest, restore, save, state
+from svdrr.checkpoint import Checkpoint, load, newest, restore, save, state
 from svdrr.errors import InputError
 
 
@@ -36,7 +36,7 @@ def test_going_on_from_a_checkpoint_is_as_if_never_stopped(tmp_path: Path) -> No
 
     other = network()
     other_ema, other_optimizer = network(), torch.optim.AdamW(other.parameters(), lr=0.1)
-    checkpoint = latest(tmp_path)
+    checkpoint = load(newest(tmp_path))
     assert (checkpoint.stage, checkpoint.step) == ("64px", 3)
     restore(checkpoint, other, other_ema, other_optimizer)
     for seed in range(3, 6):
@@ -72,21 +72,40 @@ def number(value: int) -> Checkpoint:
     return Checkpoint("vae", value, {"model/value": torch.full((1000,), float(value))})
 
 
+def test_the_digest_is_of_stage_step_and_every_bit_and_not_of_the_file(tmp_path: Path) -> None:
+    """Tensors of no dimension and of 16 bits are among them."""
+    tensors = {"model/value": torch.arange(6.0).reshape(2, 3), "optimizer/step": torch.tensor(3.0)}
+    tensors["ema/half"] = torch.ones(2, dtype=torch.bfloat16)
+    one = Checkpoint("vae", 3, tensors)
+    assert load(save(tmp_path, one, keep=2)).digest() == one.digest()
+    others = [Checkpoint("vae", 4, tensors), Checkpoint("64px", 3, tensors)]
+    for name, value in tensors.items():
+        changed = value.clone()
+        changed.reshape(-1).view(torch.uint8)[-1] ^= 1
+        others.append(Checkpoint("vae", 3, tensors | {name: changed}))
+    assert len({checkpoint.digest() for checkpoint in (one, *others)}) == 6
+
+
+def test_a_checkpoint_that_others_see_and_this_process_does_not(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not there, or not yet: wait a minute and run the same command"):
+        load(tmp_path / "000001-vae-0000003.safetensors")
+
+
 def test_keeps_the_last_few(tmp_path: Path) -> None:
-    assert latest(tmp_path / "nothing yet") is None
+    assert newest(tmp_path / "nothing yet") is None
     for value in range(12):
         save(tmp_path, number(value), keep=3)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    assert latest(tmp_path).step == 11
+    assert load(newest(tmp_path)).step == 11
 
 
 def test_a_kill_before_the_rename_leaves_the_one_before(tmp_path: Path) -> None:
     save(tmp_path, number(1), keep=2)
     whole = save(tmp_path, number(2), keep=2).read_bytes()
     (tmp_path / "partial").write_bytes(whole[: len(whole) // 2])
-    assert latest(tmp_path).step == 2
+    assert load(newest(tmp_path)).step == 2
     save(tmp_path, number(3), keep=2)
-    assert latest(tmp_path).step == 3
+    assert load(newest(tmp_path)).step == 3
     assert not (tmp_path / "partial").exists()
 
 
@@ -102,7 +121,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert latest(tmp_path).step == 1
+    assert load(newest(tmp_path)).step == 1
     assert not (tmp_path / "partial").exists()
 
 
@@ -110,4 +129,4 @@ def test_a_damaged_checkpoint_is_refused_with_the_cure(tmp_path: Path) -> None:
     path = save(tmp_path, number(1), keep=2)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=r"is damaged .*delete it to go on from the one before"):
-        latest(tmp_path)
+        load(newest(tmp_path))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from svdrr import clip, radiograph
 from svdrr import vae as autoencoder
-from svdrr.checkpoint import latest
+from svdrr.checkpoint import load, newest
 from svdrr.config import TrainConfig
 from svdrr.data import draw_augmentations, draw_pairs, encode_batch, read_batch
 from svdrr.errors import InputError
@@ -129,7 +129,7 @@ def test_the_average_is_the_weights_and_the_token_learns_ten_times_as_fast(
     That is the second one, for the last layer begins at zero. 1 % is for the smallest gradients.
     """
     run = train(replace(paper, stages=(replace(paper.stages[0], steps=2),)), shards, tmp_path / "run")
-    state, start = latest(run / "checkpoints"), untrained(paper).state_dict()
+    state, start = load(newest(run / "checkpoints")), untrained(paper).state_dict()
     weights = state.part("model")
     assert all(torch.equal(value, weights[name]) for name, value in state.part("ema").items())
     moved = {name: (value - start[name]).abs().max().item() for name, value in weights.items()}
@@ -243,9 +243,9 @@ def test_an_encoder_that_cannot_be_used_is_refused_in_one_line_before_anything_i
 def test_without_a_network_it_is_one_line(paper: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a name that no cache has; offline by the Hub's own switch, so that nobody waits for a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for load in (autoencoder.load, clip.load, lambda name: untrained(replace(paper, init=name))):
+    for fetch in (autoencoder.load, clip.load, lambda name: untrained(replace(paper, init=name))):
         with pytest.raises(InputError, match=r"nobody/has-this .*\(the Hub is out of reach, and its cache .*\)"):
-            load("nobody/has-this")
+            fetch("nobody/has-this")
 
 
 def test_what_comes_from_the_hub_is_said_before_it_is_fetched(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
@@ -22,7 +23,7 @@ from svdrr.config import CoarseConfig, TrainConfig
 from svdrr.errors import InputError
 from svdrr.pipeline import SVDRRPipeline
 from svdrr.shards import open_folder
-from svdrr.start import data_digest
+from svdrr.start import begin, data_digest
 from svdrr.train import deterministic, train
 
 KNOWN_FILES = {"config.json", "checkpoints", "latents", "vae", "model", "log.jsonl", "lock", "tensorboard", "samples"}
@@ -366,6 +367,34 @@ def test_a_damaged_shard_is_named_and_the_run_goes_on_once_it_is_whole(
     (folder / "P-03.h5").write_bytes(whole)
     train(tiny, folder, run)
     assert_same(run, unbroken(tiny))
+
+
+def test_damaged_latents_are_named_and_the_run_goes_on_once_they_are_deleted(
+    tiny: TrainConfig, shards: Path, unbroken: Callable[[TrainConfig], Path], tmp_path: Path
+) -> None:
+    """One bit of each view but the first of every file, in the middle of a stage."""
+    run = tmp_path / "run"
+    while not list(run.glob("checkpoints/*16px-0000001*")):
+        train(tiny, shards, run, max_minutes=0)
+    for path in run.glob("latents/*/*/16/*.npy"):
+        records = np.load(path, mmap_mode="r+")
+        records["content"]["latents"].view(np.uint16)[1:] ^= 1
+        records.flush()
+    with pytest.raises(
+        InputError, match=r"\.npy is damaged \(view \d fails its checksum\): delete it and run the same"
+    ):
+        train(tiny, shards, run)
+    for path in run.glob("latents/*/*/16/*.npy"):
+        path.unlink()
+    train(tiny, shards, run)
+    assert_same(run, unbroken(tiny))
+
+
+def test_batches_that_processes_cannot_share_are_refused(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
+    odd = replace(tiny, stages=tuple(replace(stage, batch=3) for stage in tiny.stages))
+    with pytest.raises(InputError, match="batches of 3, which 2 processes cannot share evenly"):
+        begin(odd, shards, tmp_path / "run", vae=None, only=None, num_processes=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_trainer_in_the_same_run_is_refused(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The state of a training run as one safetensors file: written whole or not at all, and read back bit for bit."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,14 @@ class Checkpoint:
         """The tensors of one part, such as 'ema', by their names within it."""
         prefix = f"{name}/"
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        total = hashlib.sha256(repr((self.stage, self.step)).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            total.update(name.encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
 
 
 def state(
@@ -89,17 +98,21 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return path
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of the folder; None where there is none. Raises InputError where it cannot be read."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        return None
+def newest(folder: Path) -> Path | None:
+    """The file of the newest checkpoint of the folder; None where there is none."""
+    return max(folder.glob("*.safetensors"), default=None)
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint. Raises InputError where that cannot be."""
     try:
-        with safe_open(paths[-1], framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not there, or not yet: wait a minute and run the same command") from error
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{paths[-1]} is damaged ({error}): delete it to go on from the one before") from error
+        raise InputError(f"{path} is damaged ({error}): delete it to go on from the one before") from error
     return Checkpoint(stage=metadata["stage"], step=int(metadata["step"]), tensors=tensors)
 
 

@@ -6,6 +6,7 @@ rows of its batch, nor on how many rows are taken at once, but for the order in 
 
 import contextlib
 import copy
+import functools
 import math
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from svdrr.checkpoint import Checkpoint, restore, save, state
 from svdrr.errors import InputError
-from svdrr.processes import gathered, my_rows, spread, whole, whole_on_main
+from svdrr.processes import gathered, my_rows, spread, unless_one_fails, whole, whole_on_main
 from svdrr.stop import StopRequest
 
 READ_AHEAD = 4
@@ -149,7 +150,7 @@ def fit(
         for step in bar:
             # one training step
             began = time.monotonic()
-            batch = next(batches)
+            batch = unless_one_fails(accelerator, functools.partial(next, batches))
             waited_s += time.monotonic() - began
             rate = task.learning_rate * schedule(step, task.steps, habits.warmup_steps, habits.decay)
             for group in optimizer.param_groups:

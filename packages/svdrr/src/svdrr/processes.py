@@ -65,6 +65,42 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     return result
 
 
+def unless_one_fails(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What `work` returns in this process; all do theirs, and none goes on to wait for one that could not.
+
+    Where it raises InputError, that goes on there, and the others leave without a word of their own.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    failed = True
+    try:
+        result = work()
+        failed = False
+    finally:
+        failures = gathered(accelerator, torch.tensor([int(failed)]))
+    if failures.any():
+        raise SystemExit(2)
+    return result
+
+
+def require_same(accelerator: Accelerator, what: str, digest: Callable[[], str]) -> None:
+    """Raises InputError in the main process, and ends the others, where they have not all read the same.
+
+    digest: of what was read, in hexadecimal, of equal length; not asked for where there is one process only.
+    """
+    if accelerator.num_processes == 1:
+        return
+    digests = gathered(accelerator, torch.tensor([list(bytes.fromhex(digest()))]))
+    others = [index for index, one in enumerate(digests) if not torch.equal(one, digests[0])]
+    if others and accelerator.is_main_process:
+        raise InputError(
+            f"{what} is not the same for process 0 and {', '.join(map(str, others))}: their file system is behind, so "
+            "wait a minute and run the same command"
+        )
+    if others:
+        raise SystemExit(2)
+
+
 def my_rows(accelerator: Accelerator, batch: int, at_once: int | None) -> list[slice]:
     """Which rows of a batch, that all processes can share evenly, are this one's, in pieces of at most `at_once`."""
     share = batch // accelerator.num_processes

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from svdrr import clip, metrics, processes, validation
 from svdrr import vae as autoencoder
-from svdrr.checkpoint import Checkpoint, latest
+from svdrr.checkpoint import Checkpoint, load, newest
 from svdrr.coarse import CoarseMean
 from svdrr.config import CoarseConfig, StageConfig, TrainConfig
 from svdrr.data import draw_pairs, step_seed
@@ -30,7 +30,7 @@ from svdrr.errors import InputError
 from svdrr.latents import Reader, cached
 from svdrr.loop import Habits, fit
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline, scheduler
-from svdrr.processes import gathered, on_main
+from svdrr.processes import gathered, on_main, require_same, unless_one_fails
 from svdrr.run import Run, whole_folder
 from svdrr.shards import Shard
 from svdrr.start import begin, fitting_vae, stage_names, untrained, untrained_coarse, untrained_vae
@@ -76,7 +76,7 @@ def train(
             stack.enter_context(deterministic())
         stop = stack.enter_context(StopRequest(max_minutes))
         session = Session(config, run, accelerator, stop, train_shards, val_shards, at_once, encoder)
-        if run.finished:
+        if on_main(accelerator, lambda: run.finished):
             session.say(f"{run.folder} is finished: its model is {run.model}. Another --out trains another.")
             return run.folder
         on_main(accelerator, lambda: stack.enter_context(run.locked()))
@@ -162,9 +162,7 @@ class Session:
 def train_stages(session: Session, vae: str | None, only: str | None) -> None:
     """What is not done yet, up to the finished model; or the stage `only`, where it is the next."""
     config, run = session.config, session.run
-    checkpoint = latest(run.checkpoints)
-    upcoming = next_stage(config, run, checkpoint)
-    session.accelerator.wait_for_everyone()  # before the first of them changes what the others have just read
+    checkpoint, upcoming = where_to_go_on(session)
     if only is not None and only != upcoming:
         names = stage_names(config)
         if names.index(only) < names.index(upcoming):
@@ -182,7 +180,7 @@ def train_stages(session: Session, vae: str | None, only: str | None) -> None:
     if not config.model.scaled_source:
         unscale_source(transformer, used)
     if config.coarse is not None and coarse is not None:
-        if not run.coarse.is_dir():
+        if upcoming in (VAE_STAGE, COARSE_STAGE):
             train_coarse(session, config.coarse, used, coarse, checkpoint)
         if only == COARSE_STAGE:
             return
@@ -196,6 +194,20 @@ def train_stages(session: Session, vae: str | None, only: str | None) -> None:
     if session.accelerator.is_main_process:
         save_pipeline(session, used, coarse, transformer)
     session.say(f"{run.folder} is finished: its model is {run.model}")
+
+
+def where_to_go_on(session: Session) -> tuple[Checkpoint | None, str]:
+    """The newest checkpoint, and the next stage.
+
+    The main process looks them up for all: on a file system of a network, others may see later what it has written.
+    """
+    accelerator, run = session.accelerator, session.run
+    path = on_main(accelerator, lambda: newest(run.checkpoints))
+    if path is None:
+        return None, on_main(accelerator, lambda: next_stage(session.config, run, None))
+    checkpoint = unless_one_fails(accelerator, lambda: load(path))
+    require_same(accelerator, str(path), checkpoint.digest)
+    return checkpoint, on_main(accelerator, lambda: next_stage(session.config, run, checkpoint))
 
 
 def next_stage(config: TrainConfig, run: Run, checkpoint: Checkpoint | None) -> str:
@@ -316,7 +328,8 @@ def latents_of(session: Session, stage: StageConfig, vae: AutoencoderKL) -> Data
     if session.image_encoder is not None:
         digest, embedding = hashlib.sha256(f"{digest}/{config.image_encoder_digest}".encode()).hexdigest(), embed
     side = stage.size // autoencoder.cell(vae)
-    of_train, of_val = stored(session.train_shards), stored(session.val_shards)
+    require_same(accelerator, str(session.run.vae), lambda: digest)
+    of_train, of_val = unless_one_fails(accelerator, lambda: (stored(session.train_shards), stored(session.val_shards)))
     session.meet(max(codes), f"the latents of {stage.name}")
     return Data(
         session.train_shards,
