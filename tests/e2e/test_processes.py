@@ -16,6 +16,8 @@ from tests.e2e.test_train_resume import one_thread, steps, toy  # noqa: F401 - f
 from tests.svdrr.shards_for_tests import write_folder
 
 from svdrr.config import TrainConfig
+from svdrr.data import training_shards
+from svdrr.shards import open_folder
 from svdrr.train import train
 
 # the command as installed, but for the preset, which the test makes short
@@ -104,8 +106,8 @@ def test_what_one_process_finds_damaged_ends_both_with_one_line(toy: TrainConfig
     train(toy, home / "shards", home / "damaged", max_minutes=0)
     train(toy, home / "shards", home / "damaged", only="vae")
     train(toy, home / "shards", home / "damaged", max_minutes=0)
-    (folder,) = (home / "damaged/latents").glob("*/*/16")
-    path = min(folder.glob("*.npy"))
+    first = training_shards(open_folder(home / "shards"))[0][0]
+    (path,) = (home / "damaged/latents").glob(f"*/*/16/{first.digest[:32]}.npy")
     records = np.load(path, mmap_mode="r+")
     records["content"]["truncated"][1:] ^= 1
     records.flush()
