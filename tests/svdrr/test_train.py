@@ -394,7 +394,7 @@ def test_damaged_latents_are_named_and_the_run_goes_on_once_they_are_deleted(
 def test_batches_that_processes_cannot_share_are_refused(tiny: TrainConfig, shards: Path, tmp_path: Path) -> None:
     odd = replace(tiny, stages=tuple(replace(stage, batch=3) for stage in tiny.stages))
     with pytest.raises(InputError, match="batches of 3, which 2 processes cannot share evenly"):
-        begin(odd, shards, tmp_path / "run", vae=None, only=None, num_processes=2)
+        begin(odd, shards, tmp_path / "run", vae=None, only=None, wandb=None, num_processes=2)
     assert not (tmp_path / "run").exists()
 
 

@@ -22,7 +22,7 @@ from svdrr.errors import InputError
 from svdrr.shards import Shard
 
 MAX_BATCH, MAX_PIXELS = 32, 2**18
-"""Views and pixels encoded at once: enough to keep a GPU busy. On a CPU more leave its caches, for 2.6 times the time."""
+"""Views and pixels encoded at once. More leave a CPU's caches: 32 of 256 pixels take 2.6 times as long as four."""
 
 LAYOUT = 2
 """Of the files. Those of another are never found; they stay, and may be deleted."""

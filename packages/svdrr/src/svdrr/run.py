@@ -62,9 +62,7 @@ class Run:
         self.model = folder / "model"
         self.samples = folder / "samples"
         self.tensorboard = folder / "tensorboard"
-        self._claim: str | None = (
-            None  # what the lock's file says as long as the run is ours, where files have no locks
-        )
+        self._claim: str | None = None  # where files have no locks: what the lock's file says while the run is ours
 
     @property
     def finished(self) -> bool:
