@@ -13,7 +13,8 @@ patients' views at elevation 0 on a finer grid, among which the one most like a 
 SHARDS' own are taken.
 
 Results gather in FOLDER/learning.jsonl: what is there already is not done again, so a long list may be spread over
-many calls. `--only` with no name makes the tables of what is there.
+many calls. `--only` with no name makes the tables of what is there. With `--sizes`, which are to ask whether the weak
+stage pays where a strong step costs more, the table is of just that.
 """
 
 import argparse
@@ -46,7 +47,7 @@ AZIMUTHS_DEG = [azimuth for azimuth in range(-90, 91, 15) if azimuth]
 TARGETS_DEG = [(azimuth, 0) for azimuth in AZIMUTHS_DEG] + [(-75, -15), (-45, 15), (45, -15), (75, 15)]
 SAMPLES = 2
 VALIDATION_PAIRS = 512
-REFERENCE = "ours"
+REFERENCE, STRONG_ONLY = "ours", "strong only"
 RIDGE_LAMBDAS = [10.0**power for power in range(-5, 2)]
 """Of the mean eigenvalue of the sources' covariance."""
 
@@ -77,8 +78,8 @@ VARIANTS = {
     "paper conditioning": model(
         pooled_source=True, ray_maps=False, absolute_pose=False, pose_modulation=False, scaled_source=False
     ),
-    "strong only": Variant(lambda config: replace(config, stages=config.stages[-1:])),
-    "weak for longer": Variant(  # of toy's time about half, instead of a sixth
+    STRONG_ONLY: Variant(lambda config: replace(config, stages=config.stages[-1:])),
+    "weak for longer": Variant(  # of the time about half, instead of a sixth
         lambda config: replace(
             config, stages=(replace(config.stages[0], steps=6 * config.stages[0].steps), *config.stages[1:])
         )
@@ -433,8 +434,7 @@ def tables(results: Results, data: str, what: str, minutes: float) -> str:
             rows[parts[1]] = [line]
         elif kind == "round trip" and parts[:2] == [data, what]:
             rows.setdefault("autoencoder's round trip", []).append(line)
-        elif kind == "variant" and parts[:3] == [data, what, f"{minutes:g}"]:
-            rows.setdefault(parts[3], []).append({**line, "seed": int(parts[4])})
+    rows |= trained_for(results, data, what, f"{minutes:g}")
     order = [*BASELINES, "autoencoder's round trip", *VARIANTS]
     rows = {name: rows[name] for name in order if name in rows}
 
@@ -476,6 +476,43 @@ def tables(results: Results, data: str, what: str, minutes: float) -> str:
     )
 
 
+def trained_for(results: Results, data: str, what: str, minutes: str) -> dict[str, list[dict]]:
+    """Of each variant that was given these minutes, its results, one for each seed."""
+    rows: dict[str, list[dict]] = {}
+    for key, line in results.lines.items():
+        kind, *parts = key.split("/")
+        if kind == "variant" and parts[:3] == [data, what, minutes]:
+            rows.setdefault(parts[3], []).append({**line, "seed": int(parts[4])})
+    return rows
+
+
+def weak_to_strong(results: Results, data: str, what: str) -> str:
+    """What the weak stage gains in all the times that were tried, as a small table in Markdown."""
+    lines = []
+    for minutes in sorted({key.split("/")[3] for key in results.lines if key.startswith("variant/")}, key=float):
+        rows = trained_for(results, data, what, minutes)
+        for name in [name for name in VARIANTS if name in rows and STRONG_ONLY in rows]:
+            runs = rows[name]
+            strong = [list(run["steps"].values())[-1] for run in runs]
+            alone = {run["seed"]: list(run["steps"].values())[-1] for run in rows[STRONG_ONLY]}
+            share = np.mean([1 - steps / alone[run["seed"]] for steps, run in zip(strong, runs, strict=True)])
+            lines.append(
+                [minutes, name, f"{100 * share:.0f} %"]
+                + ["; ".join(" + ".join(map(str, run["steps"].values())) for run in runs)]
+                + ["; ".join(f"{run['validation_loss']:.4f}" for run in runs)]
+                + [f"**{np.mean([run['psnr'] for run in runs]):.2f}**", *_difference(rows, name, STRONG_ONLY)]
+            )
+    heads = ["minutes", "", "of them weak", "steps", "validation loss", "PSNR", f"to {STRONG_ONLY!r}", "by seed"]
+    return "\n\n".join(
+        [
+            f"`{what}`, one core, after the autoencoder; {len(runs[0]['patients'])} test patients, PSNR in dB over all "
+            "targets; differences are paired over patients, with their standard error:",
+            report.table(heads, lines),
+            report.machine(1, PACKAGES),
+        ]
+    )
+
+
 def _by_tilt(lines: list[dict], tilts: list[int], metric: str, digits: int) -> list[str]:
     """Means over patients, seeds and both sides; then over targets with elevation; then over all."""
     values = np.mean([line[metric] for line in lines], axis=(0, 1))
@@ -491,11 +528,11 @@ def _psnr_of_mean(lines: list[dict]) -> str:
     return f"{np.mean([line['mean']['psnr'] for line in lines]):.2f}" if "mean" in lines[0] else ""
 
 
-def _difference(rows: dict[str, list[dict]], name: str) -> list[str]:
-    """To the reference at the same seeds: mean over patients with its standard error, and the mean of each seed."""
-    reference = {line["seed"]: line for line in rows.get(REFERENCE, [])}
+def _difference(rows: dict[str, list[dict]], name: str, to: str = REFERENCE) -> list[str]:
+    """To that one at the same seeds: mean over patients with its standard error, and the mean of each seed."""
+    reference = {line["seed"]: line for line in rows.get(to, [])}
     pairs = [(line, reference.get(line.get("seed"))) for line in rows[name]]
-    if name == REFERENCE or not all(other for _, other in pairs):
+    if name == to or not all(other for _, other in pairs):
         return ["", ""]
     away = np.array([np.mean(line["psnr"], axis=1) - np.mean(other["psnr"], axis=1) for line, other in pairs])
     per_patient = away.mean(axis=0)
@@ -542,9 +579,12 @@ def main() -> None:
     few = few_shards(patients, options.out / "few")
     bench = Bench(options.shards, few, options.out, results, data, options.minutes)
     measure(bench, patients, options.preset, sizes, names, [int(seed) for seed in options.seeds.split(",")])
-    text = tables(results, data, named(options.preset, sizes), options.minutes)
+    what = named(options.preset, sizes)
+    if sizes == own:
+        section, text = "learning", tables(results, data, what, options.minutes)
+    else:
+        section, text = "weak-to-strong", weak_to_strong(results, data, what)
     if options.document:
-        section = "learning" if sizes == own else "-".join(["learning", *map(str, sizes)])
         report.publish(options.document, section, text)
     else:
         print(text)
