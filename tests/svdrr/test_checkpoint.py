@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, and a kill or a full disk at any moment leaves the one before."""
 
+import contextlib
 import copy
 import resource
 import signal
@@ -89,6 +90,17 @@ def test_the_digest_is_of_stage_step_and_every_bit_and_not_of_the_file(tmp_path:
 def test_a_checkpoint_that_others_see_and_this_process_does_not(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not there, or not yet: wait a minute and run the same command"):
         load(tmp_path / "000001-vae-0000003.safetensors")
+
+
+def test_a_flipped_bit_anywhere_is_damage(tmp_path: Path) -> None:
+    """In the header as in the numbers, but where it changes nothing that is read."""
+    one = Checkpoint("vae", 3, {"model/value": torch.ones(4)})
+    path = save(tmp_path, one, keep=1)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+        with contextlib.suppress(InputError):
+            assert load(path).digest() == one.digest()
 
 
 def test_keeps_the_last_few(tmp_path: Path) -> None:

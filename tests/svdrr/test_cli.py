@@ -136,6 +136,16 @@ def test_sample_from_png_to_png(tiny: TrainConfig, shards: Path, typed: Typed, t
     assert "film.jpg is taken as a film" in result.stderr
     assert radiograph.read(Path("z.png")).pixels.shape == (32, 32)
 
+    weights = Path("runs/latest/model/transformer/diffusion_pytorch_model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    result = typed("sample", "--image", "x.png", "--theta", 30)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert (
+        "model is damaged (transformer/diffusion_pytorch_model.safetensors is not what SHA256SUMS says)"
+        in result.stderr
+    )
+
     Path("no image.png").write_bytes(b"no image")
     result = typed("sample", "--image", "no image.png", "--theta", 30)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)

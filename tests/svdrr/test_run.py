@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_a_given_folder_of_something_else_is_refused(tiny: TrainConfig, tmp_path
         open_run(tiny, "data", tmp_path)
 
 
+def test_a_run_whose_making_was_broken_off_is_made(tiny: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.partial").write_text("{")
+    assert open_run(tiny, "data", tmp_path / "run").folder == tmp_path / "run"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_latest_that_a_copy_made_a_folder_is_left_alone(tiny: TrainConfig) -> None:
+    LATEST.mkdir(parents=True)
+    with pytest.raises(InputError, match="runs/latest is no link to a run"):
+        open_run(tiny, "data", out=None)
+    assert [path.name for path in RUNS.iterdir()] == ["latest"]
+
+
 def test_differences_are_named(tiny: TrainConfig, tmp_path: Path) -> None:
     open_run(tiny, "data", tmp_path / "run")
     other = replace(tiny, stages=(tiny.stages[0], replace(tiny.stages[1], steps=9)))
@@ -73,7 +88,11 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "model") as partial:
         partial.mkdir()
         (partial / "all").touch()
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["all"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"all", "SHA256SUMS"}
+    done = subprocess.run(
+        ["sha256sum", "--check", "SHA256SUMS"], cwd=tmp_path / "model", capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "all: OK\n")
 
 
 def test_all_of_it_is_on_the_disk_before_a_folder_gets_its_name_and_the_name_after(
@@ -91,7 +110,7 @@ def test_all_of_it_is_on_the_disk_before_a_folder_gets_its_name_and_the_name_aft
         (partial / "unet/weights").write_bytes(b"some")
         (partial / "index.json").touch()
     inside = {(False, path.stat().st_ino) for path in (folder, *folder.rglob("*"))}
-    assert len(inside) == 4
+    assert len(inside) == 5  # with the list of checksums
     assert set(synced[:-1]) == inside
     assert synced[-1] == (True, tmp_path.stat().st_ino)
 

@@ -237,6 +237,7 @@ def test_what_is_damaged_in_a_run_is_named_and_its_cure_leads_to_the_same_weight
         lambda: weights.write_bytes(whole[:-100]),
         lambda: save_file(dict(list(load(whole).items())[1:]), weights),
         lambda: config.write_text("{"),
+        lambda: weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])),
         config.unlink,
     ):
         damage()
@@ -246,6 +247,21 @@ def test_what_is_damaged_in_a_run_is_named_and_its_cure_leads_to_the_same_weight
     shutil.rmtree(run / "checkpoints")
     train(tiny, shards, run)
     assert_same(run, unbroken(tiny))
+
+
+def test_a_damaged_copy_of_a_given_autoencoder_costs_no_training(
+    tiny: TrainConfig, shards: Path, given: Path, tmp_path: Path
+) -> None:
+    """Where its scale is its own, so that the copy made again is the very same."""
+    tiny = replace(tiny, vae=replace(tiny.vae, measured=False))
+    run = train(tiny, shards, tmp_path / "run", vae=str(given))
+    once, vae = shutil.copytree(run, tmp_path / "once"), run / "vae"
+    shutil.rmtree(run / "model")
+    (vae / "config.json").unlink()
+    with pytest.raises(InputError, match=rf"or delete {vae}, and the same command makes all that again"):
+        train(tiny, shards, run, vae=str(given))
+    shutil.rmtree(vae)
+    assert_same(train(tiny, shards, run, vae=str(given)), once)
 
 
 def test_what_the_process_had_set_comes_back(tiny: TrainConfig, unbroken: Callable[[TrainConfig], Path]) -> None:

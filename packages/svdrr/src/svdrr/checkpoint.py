@@ -32,8 +32,8 @@ class Checkpoint:
         """SHA-256 of all of it."""
         total = hashlib.sha256(repr((self.stage, self.step)).encode())
         for name, tensor in sorted(self.tensors.items()):
-            total.update(name.encode())
-            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            total.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+            total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
 
@@ -86,7 +86,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     partial = folder / "partial"
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     try:
-        save_file(tensors, partial, metadata={"stage": checkpoint.stage, "step": str(checkpoint.step)})
+        digest = checkpoint.digest()
+        save_file(
+            tensors, partial, metadata={"stage": checkpoint.stage, "step": str(checkpoint.step), "digest": digest}
+        )
         give_name(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -109,11 +112,14 @@ def load(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        checkpoint = Checkpoint(stage=metadata["stage"], step=int(metadata["step"]), tensors=tensors)
+        if checkpoint.digest() != metadata["digest"]:
+            raise ValueError("it fails its checksum")
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there, or not yet: wait a minute and run the same command") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}): delete it to go on from the one before") from error
-    return Checkpoint(stage=metadata["stage"], step=int(metadata["step"]), tensors=tensors)
+    return checkpoint
 
 
 def _order(path: Path) -> int:

@@ -22,7 +22,7 @@ ANYTHING: Range = ("anything", lambda value: True)
 RANGES: dict[str, Range] = {
     "seed": ANYTHING,
     "steps": AMOUNT,
-    "shift": POSITIVE,
+    "shift": ("0.01 to 1000", lambda value: 0.01 <= value <= 1000),  # beyond, 32 bits round the noise levels away
     "norm_eps": POSITIVE,
     "clip_norm": POSITIVE,
     **dict.fromkeys(["pa_fraction", "augment_fraction", "drop_source", "drop_stream", "ema_decay"], FRACTION),
@@ -172,7 +172,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         names = {field.name for field in fields(kind)}
         for problem, keys in (("unknown", set(value) - names), ("missing", names - set(value))):
             if keys:
-                raise InputError(f"{where}: {problem} {', '.join(sorted(keys))}; it was written by another svdrr")
+                raise InputError(f"{where}: {problem} {', '.join(sorted(keys))}; mistyped, or written by another svdrr")
         hints = get_type_hints(kind)
         return cast(Any, kind)(**{name: _build(hints[name], value[name], f"{where}.{name}") for name in names})
     if isinstance(kind, UnionType):

@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
-UNREADABLE = (AttributeError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+UNREADABLE = (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 """What diffusers and transformers raise at files that are damaged, or of something else."""
 
 DIFFUSERS_FILES = ("config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*.safetensors")

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 
 from svdrr import hub
 from svdrr.config import TrainConfig
-from svdrr.durable import give_name
+from svdrr.durable import check, give_name, seal
 from svdrr.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ MODEL_INDEX = "model_index.json"
 """Without it a folder is no pipeline."""
 
 Part = TypeVar("Part", bound=ModelMixin)
+
+CONFIG_PARTIAL = "config.partial"
+"""All that a run has whose making was broken off."""
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
@@ -71,17 +74,26 @@ class Run:
             raise InputError(f"{self.model} is not whole: delete it, and the same command makes it again")
         return self.model.is_dir()
 
-    def read(self, kind: type[Part], folder: Path) -> Part:
-        """The network of this kind that the run keeps in its `folder`, vae or coarse. Raises InputError: damaged."""
+    def read(self, kind: type[Part], folder: Path, is_copy: bool = False) -> Part:
+        """The network of this kind that the run keeps in its `folder`, vae or coarse. Raises InputError: damaged.
+
+        is_copy: of what the run was given; then the same command makes the very same again, and nothing else is lost.
+        """
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not there, or not yet: wait a minute and run the same command")
         try:
-            part, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            check(folder)
+            part, found = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
             if found["missing_keys"]:
                 raise ValueError(f"{len(found['missing_keys'])} weights are missing")
         except hub.UNREADABLE as error:
-            after = [folder, *([self.coarse] if folder == self.vae and self.coarse.is_dir() else []), self.checkpoints]
+            lost = [] if is_copy else [path for path in (self.coarse, self.checkpoints) if path.is_dir()]
+            names = " and ".join(map(str, dict.fromkeys([folder, *lost])))
             raise InputError(
-                f"{folder} is damaged ({hub.reason(error)}): put it back from a copy, or delete "
-                f"{', '.join(map(str, after[:-1]))} and {after[-1]}, and the same command trains all that again"
+                f"{folder} is damaged ({hub.reason(error)}): put it back from a copy, or delete {names}, and the same "
+                "command makes all that again"
             ) from error
         return part
 
@@ -164,6 +176,8 @@ def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
     """
     record = {"config": config.to_json(), "data": data_digest}
     if out is None:
+        if LATEST.exists() and not LATEST.is_symlink():
+            raise InputError(f"{LATEST} is no link to a run, as copying may have made it: give it another name")
         if LATEST.is_dir() and not _differences(LATEST, record):
             return Run(RUNS / LATEST.readlink())
         folder = _new_folder(config.preset)
@@ -173,14 +187,14 @@ def open_run(config: TrainConfig, data_digest: str, out: Path | None) -> Run:
             if differences := _differences(folder, record):
                 raise InputError(f"{folder} holds another run ({'; '.join(differences)}): give another --out")
             return Run(folder)
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and set(folder.iterdir()) - {folder / CONFIG_PARTIAL}:
             raise InputError(f"{folder} is not empty and not a run: give another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder} ({error.strerror}): give another --out") from error
     record["versions"] = {name: version(name) for name in RECORDED_VERSIONS}
-    partial = folder / "config.partial"
+    partial = folder / CONFIG_PARTIAL
     partial.write_text(json.dumps(record, indent=2) + "\n")
     give_name(partial, folder / "config.json")
     if out is None:
@@ -198,6 +212,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
+        seal(partial)
         give_name(partial, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {folder} ({error}): make room and run the same command") from error

@@ -1,6 +1,5 @@
 """One X-ray image in, synthesised views out as PNG."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from diffusers.utils import logging
 
 from svdrr import hub, radiograph
+from svdrr.durable import check
 from svdrr.errors import InputError
 from svdrr.pipeline import FILM_PERCENTILES, SVDRRPipeline
 from svdrr.run import model_folder
@@ -29,15 +29,16 @@ def sample(
     The image is taken as seen from `source_deg`, its longer side as the whole detector. Raises InputError where it
     cannot be read, or where there is no model.
     """
-    if not all(map(math.isfinite, target_deg + source_deg)):
-        raise InputError(f"{target_deg} from {source_deg} are no angles: give --theta and --phi in degrees")
+    if not all(abs(angle) <= 360 for angle in target_deg + source_deg):
+        raise InputError(f"{target_deg} from {source_deg} are no angles: give --theta and --phi in degrees, up to 360")
     if out is not None and (not out.name or out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"no file can be written at {out}: give --out a PNG in a folder that is there")
     folder = model_folder(model)
     picture = radiograph.read(image)
     logging.disable_progress_bar()  # of loading the parts; that of sampling stays
     try:
-        pipeline = SVDRRPipeline.from_pretrained(folder)
+        check(folder)
+        pipeline = SVDRRPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except ModuleNotFoundError as error:
         raise InputError(f"{folder} has parts of {error.name}, which is missing: pip install 'svdrr[clip]'") from error
     except hub.UNREADABLE as error:
@@ -58,6 +59,8 @@ def sample(
         targets_deg=[target_deg] * samples,
         generator=[torch.Generator().manual_seed(number) for number in seeds],
     )
+    if not views.line_integrals.isfinite().all():
+        raise InputError(f"{folder} makes views that are no numbers: train it again, with a lower learning rate")
     if out is None:
         out = Path(f"{image.stem}_theta{target_deg[0]:g}_phi{target_deg[1]:g}.png")
     paths = []

@@ -58,7 +58,7 @@ def begin(
     for shard in train_shards + val_shards:
         for stage in config.stages:
             shard.check_level(stage.size)
-    of_hub = [name for name in (vae, config.image_encoder, config.init) if name is not None and not Path(name).is_dir()]
+    of_hub = [name for name in (vae, config.image_encoder, config.init) if name is not None and not Path(name).exists()]
     if of_hub:
         print(f"from the Hub, or its cache on this machine: {', '.join(of_hub)}", file=sys.stderr)
     if vae is None:

@@ -176,7 +176,11 @@ def train_stages(session: Session, vae: str | None, only: str | None) -> None:
         keep_vae(session, train_vae(session, checkpoint) if vae is None else fitting_vae(vae, config))
         if only == VAE_STAGE:
             return
-    used = run.read(AutoencoderKL, run.vae).to(session.accelerator.device).requires_grad_(False)
+    used = (
+        run.read(AutoencoderKL, run.vae, is_copy=vae is not None and not config.vae.measured)
+        .to(session.accelerator.device)
+        .requires_grad_(False)
+    )
     if not config.model.scaled_source:
         unscale_source(transformer, used)
     if config.coarse is not None and coarse is not None:
