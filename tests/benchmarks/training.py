@@ -156,6 +156,8 @@ def run_once(
 
     habits = Habits(
         warmup_steps=config.warmup_steps,
+        decay=config.decay,
+        betas=config.betas,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay,
