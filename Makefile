@@ -12,7 +12,7 @@ SOURCES  := $(shell find packages -name '*.py') docs/figures/demo.py
 
 .PHONY: demo test lint figures bench bench-pipeline bench-learning bench-gpu bench-training sizes help
 
-demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, about 3 minutes)
+demo: demo/report.md  ## synthetic patients, their views, a trained toy model, a picture and a table (CPU, 3 to 4 minutes)
 	@cat demo/report.md
 	@echo "Picture: $(CURDIR)/demo/demo.png"
 

@@ -78,13 +78,13 @@ def test_the_digest_is_of_stage_step_and_every_bit_and_not_of_the_file(tmp_path:
     tensors = {"model/value": torch.arange(6.0).reshape(2, 3), "optimizer/step": torch.tensor(3.0)}
     tensors["ema/half"] = torch.ones(2, dtype=torch.bfloat16)
     one = Checkpoint("vae", 3, tensors)
-    assert load(save(tmp_path, one, keep=2)).digest() == one.digest()
+    assert load(save(tmp_path, one, keep=2)).digest == one.digest
     others = [Checkpoint("vae", 4, tensors), Checkpoint("64px", 3, tensors)]
     for name, value in tensors.items():
         changed = value.clone()
         changed.reshape(-1).view(torch.uint8)[-1] ^= 1
         others.append(Checkpoint("vae", 3, tensors | {name: changed}))
-    assert len({checkpoint.digest() for checkpoint in (one, *others)}) == 6
+    assert len({checkpoint.digest for checkpoint in (one, *others)}) == 6
 
 
 def test_a_checkpoint_that_others_see_and_this_process_does_not(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_flipped_bit_anywhere_is_damage(tmp_path: Path) -> None:
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
         with contextlib.suppress(InputError):
-            assert load(path).digest() == one.digest()
+            assert load(path).digest == one.digest
 
 
 def test_keeps_the_last_few(tmp_path: Path) -> None:

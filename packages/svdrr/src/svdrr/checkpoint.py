@@ -1,5 +1,6 @@
 """The state of a training run as one safetensors file: written whole or not at all, and read back bit for bit."""
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ class Checkpoint:
         prefix = f"{name}/"
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of all of it."""
         total = hashlib.sha256(repr((self.stage, self.step)).encode())
@@ -86,10 +88,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     partial = folder / "partial"
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     try:
-        digest = checkpoint.digest()
-        save_file(
-            tensors, partial, metadata={"stage": checkpoint.stage, "step": str(checkpoint.step), "digest": digest}
-        )
+        metadata = {"stage": checkpoint.stage, "step": str(checkpoint.step), "digest": checkpoint.digest}
+        save_file(tensors, partial, metadata)
         give_name(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def load(path: Path) -> Checkpoint:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         checkpoint = Checkpoint(stage=metadata["stage"], step=int(metadata["step"]), tensors=tensors)
-        if checkpoint.digest() != metadata["digest"]:
+        if checkpoint.digest != metadata["digest"]:
             raise ValueError("it fails its checksum")
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there, or not yet: wait a minute and run the same command") from error

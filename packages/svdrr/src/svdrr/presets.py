@@ -12,8 +12,8 @@ def toy(seed: int = 0) -> TrainConfig:
 
     svdrr train --shards shards --preset toy
 
-    2.3 minutes on two cores, on the 48 synthetic patients of `make demo`; 28.5 dB on held-out ones, where copying the
-    source has 18.0 and the mean training view 26.9. Enough for pose, outline and large organs; ribs stay blurred.
+    2 to 3 minutes on two cores, on the 48 synthetic patients of `make demo`; 28.5 dB on held-out ones, where a copy of
+    the source has 18.0 and the mean training view 26.9. Enough for pose, outline and large organs; ribs stay blurred.
     """
     return TrainConfig(
         preset="toy",

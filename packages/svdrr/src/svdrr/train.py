@@ -210,7 +210,7 @@ def where_to_go_on(session: Session) -> tuple[Checkpoint | None, str]:
     if path is None:
         return None, on_main(accelerator, lambda: next_stage(session.config, run, None))
     checkpoint = unless_one_fails(accelerator, lambda: load(path))
-    require_same(accelerator, str(path), checkpoint.digest)
+    require_same(accelerator, str(path), lambda: checkpoint.digest)
     return checkpoint, on_main(accelerator, lambda: next_stage(session.config, run, checkpoint))
 
 
